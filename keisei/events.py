@@ -1,0 +1,247 @@
+"""What the pool tells the world, as frozen values."""
+
+from __future__ import annotations
+
+import enum
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class ExitCause(enum.StrEnum):
+    """Why a worker's process ended."""
+
+    GOODBYE = "goodbye"
+    """It said goodbye in an orderly way (after a stop frame)."""
+    REQUESTED = "requested"
+    """The pool ended it while stopping or scaling down."""
+    RECYCLED = "recycled"
+    """The pool replaced it on purpose; not a failure."""
+    USER_ERROR = "user error"
+    """A hook raised; the traceback tells where."""
+    START_FAILED = "start failed"
+    """It never became ready."""
+    SIGNAL = "signal"
+    """A signal that the pool did not send ended it."""
+    EXIT = "exit"
+    """It exited by itself without saying goodbye."""
+    HANG = "hang"
+    """It made no progress within its deadline and was killed."""
+    PROTOCOL = "protocol error"
+    """It closed or garbled a queue while alive and was killed."""
+    LOST = "lost"
+    """It is gone and nobody could tell its exit code."""
+    ABANDONED = "abandoned"
+    """It could not be killed and was left behind."""
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether this end counts against the restart intensity."""
+        return self not in (ExitCause.GOODBYE, ExitCause.REQUESTED, ExitCause.RECYCLED)
+
+
+class Remedy(enum.StrEnum):
+    """What the pool did about an incident."""
+
+    RESTARTED = "restarted"
+    GAVE_UP = "slot given up"
+    ESCALATED = "pool stopped"
+    NONE = "nothing: the pool was stopping"
+
+
+def signal_name(exitcode: int | None) -> str | None:
+    """Return the signal's name for a negative exit code, ``None`` for any other."""
+    if exitcode is None or exitcode >= 0:
+        return None
+    try:
+        return signal.Signals(-exitcode).name
+    except ValueError:
+        return f"signal {-exitcode}"
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """The record of one failure.
+
+    Attributes:
+        worker_id: The slot that failed.
+        incarnation: The process of that slot.
+        cause: Why it ended.
+        detail: What is known beyond the cause, in one line; may be empty.
+        exitcode: Exit code, minus the signal's number after a signal, ``None`` if unknown.
+        phase: What it was doing: "start", "load_weights", "collect", "command", "idle" …
+        traceback: Remote traceback or native stack, as text, or ``None``.
+        weights_version: The version that it had applied; 0 is none.
+        experiences_lost: Experiences that it had begun and not finished.
+        commands_lost: Commands that it had received or was sent and never answered.
+        remedy: What the pool did about it.
+        delay: Seconds of back-off before the replacement starts.
+        monotonic: ``time.monotonic()`` in seconds when the end was noticed.
+        last_command: The name of the last command it took up, or ``None``.
+        rss: Last resident memory known, in bytes, or ``None``.
+        stderr: The last lines that it wrote to its standard error, or "".
+    """
+
+    worker_id: int
+    incarnation: int
+    cause: ExitCause
+    detail: str = ""
+    exitcode: int | None = None
+    phase: str = ""
+    traceback: str | None = None
+    weights_version: int = 0
+    experiences_lost: int = 0
+    commands_lost: int = 0
+    remedy: Remedy = Remedy.RESTARTED
+    delay: float = 0.0
+    monotonic: float = 0.0
+    last_command: str | None = None
+    rss: int | None = None
+    stderr: str = ""
+
+    @property
+    def signal_name(self) -> str | None:
+        """The name of the signal that ended it, such as "SIGKILL", or ``None``."""
+        return signal_name(self.exitcode)
+
+    @property
+    def summary(self) -> str:
+        """What happened, in one line."""
+        how = self.signal_name or (
+            "exit code unknown" if self.exitcode is None else f"exit code {self.exitcode}"
+        )
+        where = f" during {self.phase}" if self.phase else ""
+        detail = f": {self.detail}" if self.detail else ""
+        return (
+            f"worker {self.worker_id} (incarnation {self.incarnation}) ended by {self.cause}"
+            f"{where} ({how}){detail}; {self.remedy}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of everything that the pool tells."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStarted(Event):
+    """Every slot has a ready worker."""
+
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStopped(Event):
+    """Every worker is gone."""
+
+    num_incidents: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted(Event):
+    """A process was started; it is not ready yet."""
+
+    worker_id: int
+    incarnation: int
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady(Event):
+    """A worker finished ``setup`` and has the newest weights."""
+
+    worker_id: int
+    incarnation: int
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSuspected(Event):
+    """Half of a phase's deadline passed without progress."""
+
+    worker_id: int
+    incarnation: int
+    phase: str
+    seconds: float
+    stacks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited(Event):
+    """A worker ended in an orderly way, or because the pool asked for it."""
+
+    worker_id: int
+    incarnation: int
+    cause: ExitCause
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIncident(Event):
+    """A worker failed; the incident says how and what was done."""
+
+    incident: Incident
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGivenUp(Event):
+    """A slot will not be started again; the others go on."""
+
+    worker_id: int
+    incident: Incident
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEscalated(Event):
+    """The restart intensity was exceeded; the pool is stopping."""
+
+    incident: Incident
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPushed(Event):
+    """A weights version was published."""
+
+    version: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPaused(Event):
+    """Every worker stands still."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolResumed(Event):
+    """Workers collect again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolScaled(Event):
+    """The number of slots changed."""
+
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCompleted(Event):
+    """The learner of ``run()`` finished one update.
+
+    Attributes:
+        update: 1, 2, 3 …
+        num_steps: Environment steps delivered so far.
+        steps_per_second: Over the time since the update before.
+        weights_version: The newest version.
+        num_workers: Workers that are ready now.
+        num_restarts: Restarts since the pool started.
+        staleness: Mean policy lag of the update's batches, in versions.
+        metrics: What ``learn`` returned, if it was a mapping.
+    """
+
+    update: int
+    num_steps: int
+    steps_per_second: float
+    weights_version: int
+    num_workers: int
+    num_restarts: int
+    staleness: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
