@@ -1,0 +1,1 @@
+"""How bytes move between two processes: queues, shared-memory rings, versioned weights."""

@@ -1,0 +1,59 @@
+"""Anonymous shared memory: no name, so nothing can leak, and every page is reserved up front."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+
+PAGE = mmap.PAGESIZE
+
+
+def round_up(size: int, step: int) -> int:
+    """Return the smallest multiple of ``step`` that is at least ``size``."""
+    return -(-size // step) * step
+
+
+def create(size: int, name: str = "keisei") -> tuple[int, mmap.mmap]:
+    """Make ``size`` bytes of zeroed shared memory.
+
+    Args:
+        size: Bytes, rounded up to whole pages.
+        name: Shown in ``/proc/<pid>/maps``; it is not a path.
+
+    Returns:
+        A descriptor to hand to the other process, which the caller closes, and the mapping. The
+        memory lives as long as either of them, in any process.
+
+    Raises:
+        OSError: If the memory cannot be reserved; nothing is left open. Reserving now is what
+            keeps a later write from ending the process by SIGBUS.
+    """
+    size = max(round_up(size, PAGE), PAGE)
+    fd = anonymous_file(name)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, size)
+        return fd, mmap.mmap(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def attach(fd: int) -> mmap.mmap:
+    """Map memory received from another process; takes ``fd`` over and closes it."""
+    try:
+        return mmap.mmap(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def anonymous_file(name: str) -> int:
+    """Open an empty file without a name, of any size; the caller closes it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name, os.MFD_CLOEXEC)
+    fd, path = tempfile.mkstemp(prefix=f"{name}-")
+    os.unlink(path)
+    return fd

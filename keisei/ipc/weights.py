@@ -1,0 +1,194 @@
+"""Weights in one shared memory: published once, read by any number of workers, never torn.
+
+K buffers and a header of 64-bit words: the newest version, and for each buffer the version that
+lies in it, or 0 while it is being written. Version v lies in buffer v mod K. A reader copies the
+newest buffer and looks at its stamp again (a seqlock); if the stamp moved, it reads again. The
+publisher takes no lock and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+
+from keisei.exceptions import WeightsError
+from keisei.ipc import memory
+from keisei.ipc.layout import Layout, describe
+from keisei.ipc.memory import PAGE, round_up
+
+BUFFERS = 2
+"""Two: what lies beside the newest version is the one before it, as ``revert`` needs."""
+_LATEST = 0
+_STAMPS = 8
+_fence_lock = threading.Lock()
+
+
+def _fence() -> None:
+    """Order the memory accesses before and after; a lock's acquisition is a barrier."""
+    with _fence_lock:
+        pass
+
+
+class _Arena:
+    """The shared memory as either side sees it."""
+
+    def __init__(self, shared: mmap.mmap, layout: Layout) -> None:
+        self.layout = layout
+        self.words = memoryview(shared)[:PAGE].cast("Q")
+        stride = _stride(layout)
+        self.views = [layout.views(shared, PAGE + k * stride) for k in range(BUFFERS)]
+
+    @property
+    def latest(self) -> int:
+        return self.words[_LATEST]
+
+
+def _stride(layout: Layout) -> int:
+    return round_up(layout.nbytes, PAGE)
+
+
+class WeightsPublisher:
+    """The application's side; writes from one thread at a time.
+
+    Attributes:
+        layout: Names, dtypes and shapes, fixed by the first weights.
+        fd: The memory's descriptor, to hand to workers.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        """Make the memory: twice the weights' bytes, shared by all workers.
+
+        Raises:
+            OSError: There is no memory for it.
+        """
+        self.layout = layout
+        self.fd, shared = memory.create(PAGE + BUFFERS * _stride(layout), "keisei-weights")
+        self._arena = _Arena(shared, layout)
+
+    @property
+    def version(self) -> int:
+        """The newest version; 0 is none."""
+        return self._arena.latest
+
+    def check(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Compare ``weights`` with the first ones.
+
+        Raises:
+            WeightsError: Keys are missing, unexpected, or of another shape or dtype.
+        """
+        given = describe(weights)
+        if given.fields != self.layout.fields:
+            problems = self.layout.differences(given)
+            if problems:
+                raise WeightsError("these weights do not fit: " + "; ".join(problems))
+
+    def publish(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Copy ``weights``, already checked, into the next buffer and return its version."""
+        words = self._arena.words
+        version = self._arena.latest + 1
+        buffer = version % BUFFERS
+        words[_STAMPS + buffer] = 0
+        _fence()
+        with torch.no_grad():
+            for name, target in self._arena.views[buffer].items():
+                target.copy_(weights[name])
+        _fence()
+        words[_STAMPS + buffer] = version
+        _fence()
+        words[_LATEST] = version
+        return version
+
+    def revert(self) -> int:
+        """Publish the weights before the newest again, as a new version, which is returned."""
+        words = self._arena.words
+        version = self._arena.latest + 1
+        words[_STAMPS + version % BUFFERS] = version
+        _fence()
+        words[_LATEST] = version
+        return version
+
+    def newest(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the newest weights."""
+        views = self._arena.views[self._arena.latest % BUFFERS]
+        return {name: view.clone() for name, view in views.items()}
+
+    def close(self) -> None:
+        """Give the memory back once the workers have done so too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class WeightsReader:
+    """A worker's side."""
+
+    def __init__(self, fd: int, layout: Layout) -> None:
+        """Map the memory; takes ``fd`` over."""
+        self.layout = layout
+        self._arena = _Arena(memory.attach(fd), layout)
+
+    @property
+    def latest(self) -> int:
+        """The newest version; 0 is none. One read of shared memory."""
+        return self._arena.latest
+
+    def read_into(self, targets: Mapping[str, torch.Tensor]) -> int:
+        """Copy the newest weights into ``targets`` and return their version.
+
+        Until this returns, ``targets`` may hold a mixture that nobody must use.
+        """
+        with torch.no_grad():
+            for version, views in self._attempts():
+                for name, view in views.items():
+                    targets[name].copy_(view)
+                if self._is_whole(version):
+                    return version
+        raise AssertionError("unreachable: attempts never end")
+
+    def read(self) -> tuple[dict[str, torch.Tensor], int]:
+        """Return a copy of the newest weights, the caller's own, and their version."""
+        weights = {name: torch.empty_like(view) for name, view in self._arena.views[0].items()}
+        version = self.read_into(weights)
+        return weights, version
+
+    def _attempts(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        while True:
+            version = self._arena.latest
+            _fence()
+            yield version, self._arena.views[version % BUFFERS]
+
+    def _is_whole(self, version: int) -> bool:
+        _fence()
+        return self._arena.words[_STAMPS + version % BUFFERS] == version
+
+
+class HasStateDict(Protocol):
+    """A module, a learner, or anything else that names its tensors."""
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        """Return the tensors by name."""
+        ...
+
+
+def tensors_of(source: HasStateDict | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the named tensors of a module or a state dict, without copying.
+
+    Raises:
+        WeightsError: It holds something that is not a dense tensor, or nothing.
+    """
+    state = source if isinstance(source, Mapping) else source.state_dict()
+    bad = [
+        f"{name} is a {type(value).__qualname__}"
+        for name, value in state.items()
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided
+    ]
+    if bad:
+        raise WeightsError("weights must be dense tensors: " + "; ".join(bad))
+    if not state:
+        raise WeightsError("weights must hold at least one tensor; this state dict is empty")
+    return dict(state)
