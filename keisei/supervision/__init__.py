@@ -1,0 +1,1 @@
+"""Who is alive: exit detection, hang detection, restart policy, the shutdown ladder."""

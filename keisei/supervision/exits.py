@@ -1,0 +1,101 @@
+"""Why did it end? A pure decision from everything that is known about an ended process."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from keisei.events import ExitCause, signal_name
+
+
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """What an ended incarnation left behind, after its queues were read to their end.
+
+    Attributes:
+        said_goodbye: It announced an orderly end.
+        recycle: Why it wants a successor, from its goodbye; "" if it does not.
+        failure: The hook's error in one line, if it reported one.
+        traceback: The remote traceback, if it reported one.
+        phase: What it was doing, in lower case.
+        version: The weights version that it had applied or was applying.
+        experiences_lost: Experiences that it had begun and not finished.
+        commands_lost: Commands that were sent and never answered.
+        last_command: The name of the last command that it took up.
+        rss: Its peak resident memory in bytes, as of its last experience; 0 is unknown.
+    """
+
+    said_goodbye: bool = False
+    recycle: str = ""
+    failure: str = ""
+    traceback: str | None = None
+    phase: str = ""
+    version: int = 0
+    experiences_lost: int = 0
+    commands_lost: int = 0
+    last_command: str | None = None
+    rss: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a process ended.
+
+    Attributes:
+        cause: The kind of end.
+        detail: One line of what is known beyond it.
+        raised: An exception of the user's code is the cause.
+        blames_weights: The weights that it had may be the cause.
+    """
+
+    cause: ExitCause
+    detail: str = ""
+    raised: bool = False
+    blames_weights: bool = False
+
+
+def classify(
+    words: LastWords,
+    *,
+    exitcode: int | None,
+    was_ready: bool,
+    ended_for: tuple[ExitCause, str] | None = None,
+    launch_error: BaseException | None = None,
+) -> Verdict:
+    """Decide why a process ended.
+
+    Args:
+        words: What it left behind.
+        exitcode: Minus the signal's number after a signal; ``None`` if nobody knows it.
+        was_ready: It had finished its start.
+        ended_for: Why the supervisor killed it or asked it to end, if it did.
+        launch_error: Why it could not be started at all.
+    """
+    if launch_error is not None:
+        what = f"{type(launch_error).__name__}: {launch_error}"
+        return Verdict(ExitCause.START_FAILED, f"the process could not be started ({what})")
+    if words.failure:
+        cause = ExitCause.USER_ERROR if was_ready else ExitCause.START_FAILED
+        return Verdict(cause, words.failure, raised=True, blames_weights=was_ready)
+    if ended_for is not None:
+        cause, detail = ended_for
+        return Verdict(cause, detail, blames_weights=cause is ExitCause.HANG)
+    if words.said_goodbye and exitcode in (0, None):
+        if words.recycle:
+            return Verdict(ExitCause.RECYCLED, words.recycle)
+        return Verdict(ExitCause.GOODBYE)
+    if exitcode is None:
+        return Verdict(ExitCause.LOST, "another part of the application has reaped it")
+    name = signal_name(exitcode)
+    if name is not None:
+        hint = _possible_oom(words) if exitcode == -signal.SIGKILL else name
+        external = exitcode in (-signal.SIGKILL, -signal.SIGTERM)
+        return Verdict(ExitCause.SIGNAL, hint, blames_weights=not external)
+    detail = f"it exited with code {exitcode} without saying goodbye"
+    cause = ExitCause.EXIT if was_ready else ExitCause.START_FAILED
+    return Verdict(cause, detail, blames_weights=was_ready)
+
+
+def _possible_oom(words: LastWords) -> str:
+    memory = f"; its peak resident memory was {words.rss / 2**20:.0f} MiB" if words.rss else ""
+    return f"SIGKILL that the pool did not send, possibly out of memory{memory}"

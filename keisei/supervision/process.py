@@ -1,0 +1,50 @@
+"""What the supervisor needs of a running worker, whatever the backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class ProcessHandle(Protocol):
+    """One started incarnation."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, ``None`` where it shares the application's process."""
+        ...
+
+    @property
+    def has_exited(self) -> bool:
+        """Whether it is known to have ended."""
+        ...
+
+    async def wait(self) -> int | None:
+        """Wait for its end; return the exit code, minus a signal's number, ``None`` if unknown.
+
+        Safe to cancel; any number of tasks may wait.
+        """
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end at once (SIGTERM); no effect after its end."""
+        ...
+
+    def kill(self) -> None:
+        """End it and all processes of its group (SIGKILL); also after its own end."""
+        ...
+
+    def dump_stacks(self) -> None:
+        """Have it write all its Python stacks where ``crash_report`` finds them."""
+        ...
+
+    def crash_report(self) -> str:
+        """Return what it wrote about its own end, such as a native stack, or ""."""
+        ...
+
+    def state(self) -> str:
+        """Return the kernel's one-letter process state, such as "T" for stopped, or ""."""
+        ...
+
+    def close(self) -> None:
+        """Give back the descriptors; only after its end, or to abandon it."""
+        ...
