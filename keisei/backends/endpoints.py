@@ -1,0 +1,59 @@
+"""The worker's ends of its private queues, and its status line."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from keisei.ipc.queues import FrameReader, FrameWriter
+from keisei.ipc.status import StatusLine
+
+
+@dataclass(slots=True)
+class WorkerEndpoints:
+    """What one incarnation talks through; the application has the other ends.
+
+    Attributes:
+        control: Commands, pause, stop.
+        model: Weights announcements.
+        reply: Answers, failures, goodbye.
+        experience: Frames about experiences in shared memory; bounded by credits.
+        status: What the worker is doing.
+    """
+
+    control: FrameReader
+    model: FrameReader
+    reply: FrameWriter
+    experience: FrameWriter
+    status: StatusLine
+
+    def detach(self) -> list[int]:
+        """Give all descriptors away, in the order that ``attach`` takes."""
+        fds = [
+            self.control.detach(),
+            self.model.detach(),
+            self.reply.detach(),
+            self.experience.detach(),
+            os.dup(self.status.fd),
+        ]
+        return fds
+
+    @classmethod
+    def attach(cls, fds: list[int]) -> WorkerEndpoints:
+        """Build the ends around descriptors from ``detach``, which are taken over."""
+        control, model, reply, experience, status = fds
+        return cls(
+            control=FrameReader(socket.socket(fileno=control), "batch"),
+            model=FrameReader(socket.socket(fileno=model), "each"),
+            reply=FrameWriter(socket.socket(fileno=reply), None),
+            experience=FrameWriter(socket.socket(fileno=experience), 0),
+            status=StatusLine(status),
+        )
+
+    def close(self) -> None:
+        """Close every end; the application reads the rest and then the end."""
+        self.control.close()
+        self.model.close()
+        self.reply.close()
+        self.experience.close()

@@ -1,0 +1,74 @@
+"""Workers in the application's own process and loop: the same pool, for debugging.
+
+Breakpoints, profilers and prints work as usual. A hook that is ``def`` blocks the event loop
+for as long as it runs, and a crash of native code ends the application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from keisei.backends.endpoints import WorkerEndpoints
+from keisei.backends.isolation import SharedProcess
+from keisei.backends.runtime import WorkerRuntime
+
+
+class InlineBackend:
+    """Starts each incarnation as a task."""
+
+    async def open(self) -> None:
+        """Nothing to prepare."""
+
+    async def start(self, endpoints: WorkerEndpoints, name: str) -> InlineProcess:
+        """Start a task that serves ``endpoints``."""
+        return InlineProcess(endpoints, name)
+
+    def abort_starts(self) -> None:
+        """Nothing can hang here that would not hang the application."""
+
+    async def aclose(self) -> None:
+        """Nothing to give back."""
+
+
+class InlineProcess:
+    """A worker's task, in the shape of a process."""
+
+    pid: int | None = None
+
+    def __init__(self, endpoints: WorkerEndpoints, name: str) -> None:
+        runtime = WorkerRuntime(endpoints, SharedProcess())
+        self._endpoints = endpoints
+        self._task = asyncio.get_running_loop().create_task(runtime.serve(), name=name)
+
+    @property
+    def has_exited(self) -> bool:
+        """Whether the task is done."""
+        return self._task.done()
+
+    async def wait(self) -> int | None:
+        """Wait for the task's end; -9 stands for one that was cancelled."""
+        await asyncio.wait([self._task])
+        return -9 if self._task.cancelled() else self._task.result()
+
+    def terminate(self) -> None:
+        """Cancel the task."""
+        self._task.cancel()
+
+    def kill(self) -> None:
+        """Cancel the task."""
+        self._task.cancel()
+
+    def dump_stacks(self) -> None:
+        """A task that does not move is suspended; ``crash_report`` shows where."""
+
+    def crash_report(self) -> str:
+        """Return where the task is suspended, or ""."""
+        frames = self._task.get_stack() if not self._task.done() else []
+        return "\n".join(f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in frames)
+
+    def state(self) -> str:
+        """Return ""."""
+        return ""
+
+    def close(self) -> None:
+        """Nothing to give back: the task closes its endpoints."""

@@ -1,0 +1,141 @@
+"""What a worker may treat as its own: random generators, torch's threads.
+
+A process of its own simply has them. Inside the application's process (the inline backend) they
+are swapped in around every step of a hook and out again, so that workers draw the same numbers
+as they would in processes, and the application's own state is never touched.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections.abc import Awaitable, Generator
+from typing import Any, Protocol
+
+import torch
+
+
+class Isolation(Protocol):
+    """A context in which hooks run."""
+
+    def begin(self, seed: int, threads: int) -> None:
+        """Seed the global generators and set torch's threads."""
+        ...
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+    def drive(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
+        """Return an awaitable whose every step runs in this context."""
+        ...
+
+
+class OwnProcess:
+    """The worker has the process to itself."""
+
+    def begin(self, seed: int, threads: int) -> None:
+        """Seed ``random``, NumPy (if imported) and torch; set torch's threads."""
+        torch.set_num_threads(threads)
+        _seed(seed)
+
+    def __enter__(self) -> None:
+        """Nothing to swap."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Nothing to swap."""
+
+    def drive(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
+        """Return ``awaitable`` itself."""
+        return awaitable
+
+
+class SharedProcess:
+    """The worker shares the process; its state is swapped in for each step of a hook."""
+
+    def __init__(self) -> None:
+        self._mine: _GlobalState | None = None
+        self._theirs: _GlobalState | None = None
+
+    def begin(self, seed: int, threads: int) -> None:
+        """Make the state that a fresh process would have."""
+        theirs = _GlobalState.now()
+        torch.set_num_threads(threads)
+        _seed(seed)
+        self._mine = _GlobalState.now()
+        theirs.restore()
+
+    def __enter__(self) -> None:
+        """Swap the worker's state in."""
+        self._theirs = _GlobalState.now()
+        if self._mine is not None:
+            self._mine.restore()
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Swap the application's state in again."""
+        self._mine = _GlobalState.now()
+        if self._theirs is not None:
+            self._theirs.restore()
+
+    @types.coroutine
+    def drive(self, awaitable: Awaitable[Any]) -> Generator[Any, Any, Any]:
+        """Run ``awaitable``, swapping around each step between two suspensions."""
+        steps = awaitable.__await__()
+        send: Any = lambda: next(steps)  # noqa: E731 - rebound at each step
+        while True:
+            try:
+                with self:
+                    future = send()
+            except StopIteration as done:
+                return done.value
+            try:
+                value = yield future
+            except BaseException as error:
+                send = _throw(steps, error)
+            else:
+                send = _send(steps, value)
+
+
+def _throw(steps: Any, error: BaseException) -> Any:
+    return lambda: steps.throw(error)
+
+
+def _send(steps: Any, value: Any) -> Any:
+    return lambda: next(steps) if value is None else steps.send(value)
+
+
+class _GlobalState:
+    """The global generators and thread count of this process, at one moment."""
+
+    def __init__(self, python: Any, torch_rng: torch.Tensor, threads: int, numpy: Any) -> None:
+        self._python = python
+        self._torch = torch_rng
+        self._threads = threads
+        self._numpy = numpy
+
+    @classmethod
+    def now(cls) -> _GlobalState:
+        numpy = sys.modules.get("numpy")
+        return cls(
+            random.getstate(),
+            torch.get_rng_state(),
+            torch.get_num_threads(),
+            numpy.random.get_state() if numpy is not None else None,
+        )
+
+    def restore(self) -> None:
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)

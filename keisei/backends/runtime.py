@@ -1,0 +1,364 @@
+"""The worker's main loop: one loop for every backend, from the hello frame to the goodbye."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import resource
+import sys
+import traceback
+import types
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+
+from keisei.backends.endpoints import WorkerEndpoints
+from keisei.backends.isolation import Isolation
+from keisei.exceptions import QueueEnded, QueueWouldBlock, SerializationError
+from keisei.ipc import messages, serialize
+from keisei.ipc.layout import describe
+from keisei.ipc.ring import RingWriter
+from keisei.ipc.status import Phase
+from keisei.ipc.weights import WeightsReader
+from keisei.worker import Experience, Worker, WorkerContext
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+class HookFailed(Exception):
+    """A hook of the worker raised; carries what the application will be told."""
+
+    def __init__(self, phase: Phase, error: BaseException) -> None:
+        self.phase = phase
+        self.summary = "".join(traceback.format_exception_only(error)).strip()
+        self.traceback = "".join(traceback.format_exception(error))
+        super().__init__(self.summary)
+
+
+class WorkerRuntime:
+    """Serves one incarnation: hooks are called here and nowhere else."""
+
+    def __init__(self, endpoints: WorkerEndpoints, isolation: Isolation) -> None:
+        self._ends = endpoints
+        self._status = endpoints.status
+        self._isolation = isolation
+        self._wake = asyncio.Event()
+        self._hello: messages.Hello
+        self._worker: Worker
+        self._ring: RingWriter
+        self._weights: WeightsReader | None = None
+        self._version = 0
+        self._owed_version = 0
+        self._is_ready = False
+        self._paused = False
+        self._pausing: list[int] = []
+        self._stopping = False
+        self._collecting: asyncio.Task[Any] | None = None
+
+    async def serve(self) -> int:
+        """Run the worker's whole life and return its exit code.
+
+        An error of a hook is told to the application and gives 1; an application that has gone
+        gives 2. Cancelling (the inline backend's way of killing) drops everything where it is.
+        """
+        try:
+            try:
+                await self._start()
+                reason = await self._work()
+                await self._call(Phase.TEARDOWN, self._worker.teardown)
+            except HookFailed as failure:
+                await self._tell_failure(failure)
+                return 1
+            await self._tell(messages.Goodbye(reason))
+            return 0
+        except QueueEnded:
+            return 2
+        finally:
+            if self._collecting is not None:
+                self._collecting.cancel()
+            self._ends.close()
+
+    # the life, in order
+
+    async def _start(self) -> None:
+        frame, _ = await self._ends.control.get()
+        self._hello = hello = serialize.loads(frame)
+        self._paused = hello.paused
+        self._ring = RingWriter(hello.slots + 2)
+        self._ends.control.listen(self._wake.set)
+        self._ends.model.listen(self._wake.set)
+        self._ends.experience.watch_credit(self._on_credit)
+        self._status.enter(Phase.START)
+        factory = await self._call(
+            Phase.START, serialize.loads, hello.factory, "the worker factory"
+        )
+        self._isolation.begin(hello.seed, hello.threads)
+        self._worker = await self._call(Phase.START, self._build, factory)
+        await self._call(Phase.START, self._worker.setup, self._context())
+        await self._load_newest()
+        await self._tell(messages.Ready(self._version))
+        self._is_ready = True
+
+    @staticmethod
+    def _build(factory: Callable[[], Any]) -> Worker:
+        worker = factory()
+        if not isinstance(worker, Worker):
+            raise TypeError(
+                f"the worker factory returned {type(worker).__qualname__}; "
+                "it must return an instance of a keisei.Worker subclass"
+            )
+        return worker
+
+    def _context(self) -> WorkerContext:
+        hello = self._hello
+        return WorkerContext(
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            num_workers=hello.num_workers,
+            seed=hello.seed,
+            device=hello.device,
+            weights_version=hello.weights_version,
+            _progress=self._status.progress,
+        )
+
+    async def _work(self) -> str:
+        """Collect and obey until told to stop; return why a successor is wanted, or ""."""
+        concurrent = inspect.iscoroutinefunction(self._worker.collect)
+        while True:
+            self._wake.clear()
+            await self._obey()
+            if self._collecting is not None and self._collecting.done():
+                finished, self._collecting = self._collecting, None
+                await self._deliver(finished.result())
+            if self._collecting is None:
+                if self._stopping:
+                    return ""
+                if reason := self._worn_out():
+                    return reason
+                await self._load_newest()
+                await self._stand_still()
+                if not self._paused and self._has_credit():
+                    self._status.begun += 1
+                    if concurrent:
+                        self._collecting = asyncio.create_task(self._collect())
+                        self._collecting.add_done_callback(lambda _: self._wake.set())
+                    else:
+                        await self._deliver(await self._collect())
+                        await _let_the_loop_turn()
+                        continue
+            elif self._stopping:
+                self._collecting.cancel()
+                await asyncio.wait([self._collecting])
+                self._collecting = None
+                return ""
+            await self._wake.wait()
+
+    # experiences
+
+    def _has_credit(self) -> bool:
+        experience = self._ends.experience
+        return bool(experience.credit or experience.refresh())
+
+    def _on_credit(self) -> None:
+        try:
+            self._ends.experience.refresh()
+        except QueueEnded:
+            self._stopping = True
+        self._wake.set()
+
+    async def _collect(self) -> Any:
+        return await self._call(Phase.COLLECT, self._worker.collect)
+
+    async def _deliver(self, result: Any) -> None:
+        """Copy one experience into shared memory and send the frame about it."""
+        experience = result if isinstance(result, Experience) else Experience(result)
+        try:
+            place, fds = self._ring.write(experience.data)
+            frame = messages.ExperienceFrame(
+                sequence=self._status.committed,
+                version=self._version,
+                place=place,
+                new_segment=bool(fds),
+                num_steps=_num_steps(experience, place.layout.fields[0].shape),
+                info=dict(experience.info or {}),
+                seed=self._hello.seed,
+            )
+            payload = serialize.dumps(frame, "Experience.info")
+        except (TypeError, SerializationError) as error:
+            raise HookFailed(Phase.COLLECT, error) from error
+        self._status.committed += 1
+        self._status.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        await self._ends.experience.put(payload, fds=fds)
+        if fds:
+            self._ring.told()
+
+    def _worn_out(self) -> str:
+        hello = self._hello
+        if hello.max_experiences is not None and self._status.committed >= hello.max_experiences:
+            return f"it collected {self._status.committed} experiences"
+        if hello.max_rss is not None and (rss := _resident()) > hello.max_rss:
+            return f"its resident memory is {rss / 2**20:.0f} MiB"
+        return ""
+
+    # weights
+
+    async def _load_newest(self) -> None:
+        """Take the newest weights, if they are newer, and acknowledge what was asked for."""
+        self._hear_announcements()
+        weights = self._weights
+        if weights is not None and weights.latest > self._version:
+            self._status.version = weights.latest
+            model = self._worker.model
+            if type(self._worker).load_weights is not Worker.load_weights:
+                tensors, version = weights.read()
+                await self._call(
+                    Phase.LOAD_WEIGHTS, self._worker.load_weights, tensors, version
+                )
+            elif model is not None:
+                version = await self._call(Phase.LOAD_WEIGHTS, self._fill, model, weights)
+            else:
+                version = weights.latest
+            self._version = self._status.version = version
+        if self._owed_version and self._version >= self._owed_version:
+            self._owed_version = 0
+            await self._tell(messages.Applied(self._version))
+
+    @staticmethod
+    def _fill(model: torch.nn.Module, weights: WeightsReader) -> int:
+        """Copy straight into the model where it has the same tensors; else let torch complain."""
+        targets = model.state_dict()
+        if not describe(targets).differences(weights.layout):
+            return weights.read_into(targets)
+        tensors, version = weights.read()
+        model.load_state_dict(tensors)
+        return version
+
+    def _hear_announcements(self) -> None:
+        while (frame := _next(self._ends.model)) is not None:
+            payload, fds = frame
+            message = serialize.loads(payload)
+            if isinstance(message, messages.Arena):
+                self._weights = WeightsReader(fds[0], message.layout)
+            elif message.acknowledge:
+                self._owed_version = max(self._owed_version, message.version)
+
+    # commands
+
+    async def _obey(self) -> None:
+        """Handle every control frame that has arrived, in order."""
+        while (frame := _next(self._ends.control)) is not None:
+            message = serialize.loads(frame[0])
+            if isinstance(message, messages.Command):
+                await self._answer(message)
+            elif isinstance(message, messages.Pause):
+                self._paused = True
+                self._pausing.append(message.sequence)
+            elif isinstance(message, messages.Resume):
+                self._paused = False
+            else:
+                self._stopping = True
+        if self._ends.control.ended is not None:
+            self._stopping = True
+
+    async def _answer(self, command: messages.Command) -> None:
+        self._status.command = command.sequence
+        try:
+            data = serialize.loads(command.payload, f"the data of command {command.name!r}")
+            if command.name == "reset":
+                value = await self._call(Phase.COMMAND, self._worker.reset)
+            else:
+                value = await self._call(
+                    Phase.COMMAND, self._worker.on_command, command.name, data
+                )
+            reply = messages.Reply(
+                command.sequence, serialize.dumps(value, f"the reply to command {command.name!r}")
+            )
+        except HookFailed as failure:
+            await self._tell(
+                messages.ReplyError(command.sequence, failure.summary, failure.traceback)
+            )
+        except SerializationError as error:
+            await self._tell(messages.ReplyError(command.sequence, str(error), ""))
+        else:
+            await self._tell(reply)
+
+    async def _stand_still(self) -> None:
+        """Answer those who wait for the pause; nothing is being collected now."""
+        while self._pausing:
+            none = serialize.dumps(None)
+            await self._tell(messages.Reply(self._pausing.pop(0), none))
+
+    # seams
+
+    async def _call(self, phase: Phase, hook: Callable[..., Any], *args: Any) -> Any:
+        """Call a hook, ``def`` or ``async def``, under its phase."""
+        beside_a_collect = self._collecting is not None
+        if beside_a_collect:
+            self._status.progress()
+        else:
+            self._status.enter(phase)
+        try:
+            with self._isolation:
+                result = hook(*args)
+            if inspect.isawaitable(result):
+                result = await self._isolation.drive(result)
+            return result
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            raise HookFailed(phase, _without_our_frames(error)) from error
+        finally:
+            if not beside_a_collect:
+                self._status.enter(Phase.IDLE)
+
+    async def _tell(self, message: Any) -> None:
+        await self._ends.reply.put(serialize.dumps(message))
+
+    async def _tell_failure(self, failure: HookFailed) -> None:
+        await self._tell(
+            messages.Failed(
+                failure.phase.name.lower(),
+                failure.summary,
+                failure.traceback,
+                during_start=not self._is_ready,
+            )
+        )
+        await self._ends.reply.flush()
+
+
+def _next(reader: Any) -> tuple[bytearray, list[int]] | None:
+    try:
+        frame: tuple[bytearray, list[int]] = reader.get_nowait()
+    except (QueueWouldBlock, QueueEnded):
+        return None
+    return frame
+
+
+def _num_steps(experience: Experience, shape: tuple[int, ...]) -> int:
+    if experience.num_steps is not None:
+        return experience.num_steps
+    return shape[0] if shape else 1
+
+
+def _resident() -> int:
+    """Return this process's resident memory in bytes, the peak where the present is unknown."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
+def _without_our_frames(error: BaseException) -> BaseException:
+    """Drop the frames of this module from the traceback's top: they tell a user nothing."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return error.with_traceback(trace or error.__traceback__)
+
+
+@types.coroutine
+def _let_the_loop_turn() -> Generator[None, None, None]:
+    """Let timers, signals and the worker's own tasks run between two experiences."""
+    yield
