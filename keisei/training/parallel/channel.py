@@ -1,0 +1,310 @@
+"""One incarnation as the application talks to it: four private queues and a status line."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from keisei.backends.endpoints import WorkerEndpoints
+from keisei.exceptions import (
+    CommandError,
+    QueueBroken,
+    QueueEnded,
+    QueueWouldBlock,
+    SerializationError,
+    WorkerError,
+    WorkerLost,
+)
+from keisei.ipc import messages, serialize
+from keisei.ipc.queues import AsyncQueue, FrameReader
+from keisei.ipc.ring import RingReader
+from keisei.ipc.status import Phase, StatusLine
+from keisei.supervision.exits import LastWords
+from keisei.training.parallel.batch import ExperienceBatch
+
+
+class Arrival(NamedTuple):
+    """An experience that a worker has committed and nobody has taken."""
+
+    channel: Channel
+    frame: messages.ExperienceFrame
+
+    def open(self, newest_version: int) -> ExperienceBatch:
+        """Wrap the shared memory as tensors; from now on they own the slot."""
+        frame = self.frame
+        slot = self.channel.ring.slot(frame.place)
+        return ExperienceBatch(
+            frame.place.layout.views(slot),
+            frame.info,
+            frame.num_steps,
+            worker_id=self.channel.worker_id,
+            incarnation=self.channel.incarnation,
+            sequence=frame.sequence,
+            weights_version=frame.version,
+            staleness=max(0, newest_version - frame.version),
+            seed=frame.seed,
+        )
+
+    def drop(self) -> None:
+        """Give the slot back unread."""
+        self.channel.ring.slot(self.frame.place)
+
+
+class Listener(NamedTuple):
+    """What a channel tells, in the event loop."""
+
+    on_arrival: Callable[[Arrival], None]
+    on_ready: Callable[[Channel], None]
+    on_trouble: Callable[[Channel, str, bool], None]
+    """Channel, what is wrong, and whether the worker may simply be dying."""
+
+
+class Channel:
+    """The application's ends of one incarnation's queues.
+
+    Attributes:
+        granted: Experiences that the worker was allowed to collect so far.
+        received: Experiences that have arrived.
+        is_ready: It has finished its start.
+        is_paused: It has answered that it stands still.
+    """
+
+    def __init__(self, worker_id: int, incarnation: int, max_queue_size: int) -> None:
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        self.experience: AsyncQueue[Any] = AsyncQueue(max_queue_size, manual=True)
+        self.model: AsyncQueue[Any] = AsyncQueue()
+        self.control: AsyncQueue[Any] = AsyncQueue()
+        self.reply: AsyncQueue[Any] = AsyncQueue()
+        self.status = StatusLine()
+        self.ring = RingReader()
+        self.granted = 0
+        self.received = 0
+        self.is_ready = False
+        self.is_paused = False
+        self._goodbye: messages.Goodbye | None = None
+        self._failed: messages.Failed | None = None
+        self._listener: Listener | None = None
+        self._pending: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._applying: list[tuple[int, asyncio.Future[int]]] = []
+        self._commands: dict[int, str] = {}
+        self._lost: WorkerLost | None = None
+
+    def endpoints(self) -> WorkerEndpoints:
+        """Take the worker's ends out; they can be given away once."""
+        return WorkerEndpoints(
+            control=self.control.take_reader(),
+            model=self.model.take_reader(),
+            reply=self.reply.take_writer(),
+            experience=self.experience.take_writer(),
+            status=self.status,
+        )
+
+    def listen(self, listener: Listener) -> None:
+        """Hear the worker in the running loop."""
+        self._listener = listener
+        self._reader(self.reply).listen(self._on_reply)
+        self._reader(self.experience).listen(self._on_experience)
+
+    @staticmethod
+    def _reader(queue: AsyncQueue[Any]) -> FrameReader:
+        assert queue.reader is not None
+        return queue.reader
+
+    # to the worker
+
+    def send(self, message: Any) -> None:
+        """Send a control frame; raises ``QueueWouldBlock`` or ``QueueEnded``."""
+        self.control.put_nowait(message)
+
+    def grant(self, credits: int) -> None:
+        """Allow the worker to collect ``credits`` more experiences."""
+        if credits > 0:
+            self.granted += credits
+            self._reader(self.experience).grant(credits)
+
+    def announce(self, message: Any, fd: int | None = None) -> None:
+        """Send a frame about weights; raises ``QueueWouldBlock`` or ``QueueEnded``."""
+        assert self.model.writer is not None
+        fds = [] if fd is None else [fd]
+        self.model.writer.put_nowait(serialize.dumps(message), fds)
+
+    @property
+    def outstanding(self) -> int:
+        """Experiences that the worker may collect or is collecting."""
+        return self.granted - self.received
+
+    @property
+    def owes(self) -> bool:
+        """Whether the worker has been given something to do and has not done it."""
+        collecting = self.outstanding > 0 and not self.is_paused
+        return bool(collecting or self._pending or self._applying)
+
+    async def request(self, sequence: int, name: str, message: Any) -> Any:
+        """Send a control frame and wait for its answer.
+
+        Safe to cancel: a late answer is dropped.
+
+        Raises:
+            CommandError: The worker answered with an error.
+            WorkerLost: It died before it answered.
+        """
+        if self._lost is not None:
+            raise _copy(self._lost)
+        future = asyncio.get_running_loop().create_future()
+        self._pending[sequence] = (name, future)
+        self._commands[sequence] = name
+        try:
+            try:
+                await self.control.put(message)
+            except QueueEnded:
+                pass  # it is dying; the supervisor fails this request when it has its cause
+            return await future
+        finally:
+            self._pending.pop(sequence, None)
+            self._commands = {s: n for s, n in self._commands.items() if s >= sequence - 8}
+
+    def expect_applied(self, version: int) -> asyncio.Future[int]:
+        """Return a future of the version, this or a newer one, that the worker acknowledges.
+
+        It raises ``WorkerLost`` if the worker dies first.
+        """
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if self._lost is not None:
+            future.set_exception(_copy(self._lost))
+        else:
+            entry = (version, future)
+            self._applying.append(entry)
+            future.add_done_callback(lambda _: self._applying.remove(entry))
+        return future
+
+    # from the worker
+
+    def _on_experience(self) -> None:
+        self._take_all(self.experience, self._experience)
+
+    def _on_reply(self) -> None:
+        self._take_all(self.reply, self._answer)
+
+    def _take_all(
+        self, queue: AsyncQueue[Any], handle: Callable[[Any, list[int]], None]
+    ) -> None:
+        reader = self._reader(queue)
+        try:
+            while True:
+                payload, fds = reader.get_nowait()
+                handle(serialize.loads(payload, "a frame of the worker"), fds)
+        except QueueWouldBlock:
+            return
+        except (QueueEnded, QueueBroken) as error:
+            if self._goodbye is None and self._failed is None:
+                self._trouble(f"a queue has ended: {error}", may_be_dying=True)
+        except (SerializationError, OSError, TypeError, AttributeError, IndexError) as error:
+            self._trouble(f"a frame makes no sense: {error}", may_be_dying=False)
+
+    def _trouble(self, what: str, *, may_be_dying: bool) -> None:
+        if self._listener is not None:
+            self._listener.on_trouble(self, what, may_be_dying)
+
+    def _experience(self, frame: messages.ExperienceFrame, fds: list[int]) -> None:
+        if frame.new_segment:
+            self.ring.add(frame.place.segment, fds[0])
+        self.received += 1
+        if self._listener is not None:
+            self._listener.on_arrival(Arrival(self, frame))
+
+    def _answer(self, message: Any, fds: list[int]) -> None:
+        if isinstance(message, (messages.Reply, messages.ReplyError)):
+            name, future = self._pending.get(message.sequence, ("", None))
+            if future is not None and not future.done():
+                self._resolve(future, name, message)
+        elif isinstance(message, messages.Applied):
+            for version, future in list(self._applying):
+                if version <= message.version and not future.done():
+                    future.set_result(message.version)
+        elif isinstance(message, messages.Ready):
+            self.is_ready = True
+            if self._listener is not None:
+                self._listener.on_ready(self)
+        elif isinstance(message, messages.Failed):
+            self._failed = message
+        elif isinstance(message, messages.Goodbye):
+            self._goodbye = message
+
+    def _resolve(
+        self, future: asyncio.Future[Any], name: str, message: messages.Reply | messages.ReplyError
+    ) -> None:
+        try:
+            if isinstance(message, messages.Reply):
+                future.set_result(serialize.loads(message.payload, f"the reply to {name!r}"))
+                return
+            error = f"worker {self.worker_id} answered command {name!r} with an error: "
+            error += message.message
+            trace = message.traceback or None
+        except SerializationError as problem:
+            error, trace = f"worker {self.worker_id}: {problem}", None
+        future.set_exception(
+            CommandError(error, self.worker_id, self.incarnation, remote_traceback=trace)
+        )
+
+    # its end
+
+    def read_last_words(self) -> LastWords:
+        """Read both queues to their end, then let go of everything.
+
+        Committed experiences are heard as usual; call it once the process has ended.
+        """
+        for queue, handle in ((self.experience, self._experience), (self.reply, self._answer)):
+            reader = queue.reader
+            if reader is not None and self._listener is not None:
+                reader.drain()
+                self._take_all(queue, handle)
+        status, failed, goodbye = self.status, self._failed, self._goodbye
+        return LastWords(
+            said_goodbye=goodbye is not None,
+            recycle=goodbye.recycle if goodbye is not None else "",
+            failure=failed.message if failed is not None else "",
+            traceback=failed.traceback if failed is not None else None,
+            phase=failed.phase if failed is not None else status.phase.name.lower(),
+            version=status.version,
+            experiences_lost=max(0, status.begun - self.received),
+            commands_lost=len(self._pending),
+            last_command=self._commands.get(status.command) if status.command else None,
+            rss=status.rss,
+        )
+
+    def lose(self, error: WorkerLost) -> None:
+        """Fail everybody who still waits for this incarnation, and close the queues."""
+        self._lost = error
+        waiting: list[asyncio.Future[Any]] = [future for _, future in self._pending.values()]
+        waiting += [future for _, future in self._applying]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(_copy(error))
+        self.close()
+
+    def close(self) -> None:
+        """Close the queues; batches that were delivered stay valid."""
+        self._listener = None
+        for queue in (self.experience, self.model, self.control, self.reply):
+            queue.close()
+        if self.status.fd >= 0:
+            os.close(self.status.fd)
+            self.status.fd = -1
+
+    @property
+    def phase(self) -> Phase:
+        """What the worker says it is doing."""
+        return self.status.phase
+
+
+def _copy(error: WorkerError) -> WorkerError:
+    """Return the same error anew: one exception must not be raised in two tasks."""
+    kind, facts = error.__reduce__()[:2]
+    copy: WorkerError = kind(*facts)
+    return copy
+
+
+__all__ = ["Arrival", "Channel", "Listener"]

@@ -1,0 +1,287 @@
+"""How far workers run ahead: credits, and the inbox of what they have delivered.
+
+A worker without a credit waits. Back-pressure, rounds and staleness pacing are all decided here,
+by granting credits or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+
+from keisei.config import ParallelConfig
+from keisei.training.parallel.batch import ExperienceBatch
+from keisei.training.parallel.channel import Arrival, Channel
+
+
+class Flow:
+    """Grants credits and keeps what has arrived until it is taken.
+
+    Attributes:
+        num_dropped: Experiences discarded by ``overflow`` or ``staleness_policy``.
+        num_batches: Experiences delivered.
+        num_steps: Environment steps delivered.
+    """
+
+    def __init__(
+        self,
+        config: ParallelConfig,
+        ready: Mapping[int, Channel],
+        newest_version: Callable[[], int],
+        expect_progress: Callable[[int], None],
+    ) -> None:
+        """Start empty.
+
+        Args:
+            config: ``mode``, ``max_queue_size``, ``overflow`` and the staleness settings.
+            ready: The workers that may be given credits, as they come and go.
+            newest_version: The weights version that staleness counts from.
+            expect_progress: Told the worker id when a worker is given something to do.
+        """
+        self._config = config
+        self._ready = ready
+        self._newest_version = newest_version
+        self._expect_progress = expect_progress
+        self._arrivals: deque[Arrival] = deque()
+        self._queued: Counter[int] = Counter()
+        self._steps_queued = 0
+        self._demand = 0
+        self._changed = asyncio.Event()
+        self._round: dict[int, Arrival | None] | None = None
+        self._per_version = config.num_workers
+        self._delivered_since_push = 0
+        self.num_dropped = 0
+        self.num_batches = 0
+        self.num_steps = 0
+
+    # what happens
+
+    def arrived(self, arrival: Arrival) -> None:
+        """Take in what a worker has committed."""
+        worker_id = arrival.channel.worker_id
+        if self._round is not None and worker_id in self._round:
+            self._round[worker_id] = arrival
+            self._changed.set()
+            return
+        self._append(arrival)
+        if (
+            self._config.overflow == "drop_oldest"
+            and self._queued[worker_id] > self._config.max_queue_size
+        ):
+            self._drop_oldest_of(worker_id)
+        self._top_up_one(worker_id)
+        self._changed.set()
+
+    def became_ready(self, channel: Channel) -> None:
+        """Give a new process its credits."""
+        if self._round is not None:
+            if self._round.get(channel.worker_id, ...) is None:
+                self._grant(channel, 1)
+        else:
+            self.top_up()
+
+    def closed(self, worker_id: int) -> None:
+        """Expect nothing more of a slot."""
+        if self._round is not None and self._round.get(worker_id, ...) is None:
+            del self._round[worker_id]
+        self._changed.set()
+
+    def pushed(self) -> None:
+        """Hear that a weights version was published."""
+        self._per_version = max(1, self._delivered_since_push)
+        self._delivered_since_push = 0
+        self.top_up()
+
+    def wake(self) -> None:
+        """Have every waiter look again."""
+        self._changed.set()
+
+    # credits
+
+    def top_up(self) -> None:
+        """Grant the credits that the async mode allows now."""
+        if self._config.mode != "async":
+            return
+        for channel in self._ready.values():
+            self._grant(channel, self._room_of(channel))
+
+    def _top_up_one(self, worker_id: int) -> None:
+        """Grant what one worker's arrival or delivery allows; all, where it concerns all."""
+        if self._paces():
+            self.top_up()
+        elif self._config.mode == "async" and (channel := self._ready.get(worker_id)) is not None:
+            self._grant(channel, self._room_of(channel))
+
+    def _room_of(self, channel: Channel) -> int:
+        """Return how many more experiences a worker may collect."""
+        held = channel.outstanding
+        if self._config.overflow == "block":
+            held += self._queued[channel.worker_id]
+        room = self._config.max_queue_size - held
+        if room > 0 and self._paces():
+            room = min(room, self._room_within_pace())
+        if self._steps_queued < self._demand and channel.outstanding == 0:
+            room = max(room, 1)  # somebody waits for more than the queues can hold
+        return room
+
+    def _paces(self) -> bool:
+        return self._config.max_staleness is not None and self._config.staleness_policy == "pace"
+
+    def _room_within_pace(self) -> int:
+        """Return how many experiences may be begun and still be fresh enough when delivered.
+
+        As many are expected to be delivered under each version as under the one before; so a
+        limit of S versions leaves room for S + 1 times as many, counted from the last push
+        (the rule of W. Fu et al., "AReaL", 2025, section 4, with the batch size measured).
+        """
+        limit = (self._config.max_staleness or 0) + 1
+        begun = sum(channel.outstanding for channel in self._ready.values())
+        begun += len(self._arrivals) + self._delivered_since_push
+        return max(0, self._per_version * limit - begun)
+
+    def _grant(self, channel: Channel, credits: int) -> None:
+        if credits > 0:
+            channel.grant(credits)
+            self._expect_progress(channel.worker_id)
+
+    # taking
+
+    async def wait_for(self, num_steps: int, is_over: Callable[[], bool]) -> None:
+        """Wait until ``num_steps`` are here, or ``is_over``; takes nothing. Safe to cancel."""
+        if self._config.mode == "sync":
+            while self._steps_queued < num_steps and not is_over():
+                await self._play_round(is_over)
+            return
+        self._demand += num_steps
+        try:
+            self.top_up()
+            while self._steps_queued < num_steps and not is_over():
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            self._demand -= num_steps
+
+    async def _play_round(self, is_over: Callable[[], bool]) -> None:
+        """Have every live worker collect one experience; wait until all have arrived.
+
+        A cancelled round goes on by itself and is finished by the next call.
+        """
+        if self._round is None:
+            self._round = {channel.worker_id: None for channel in self._ready.values()}
+            for channel in self._ready.values():
+                self._grant(channel, 1)
+        while not is_over():
+            self._changed.clear()
+            if self._round is None:
+                return  # another task has finished it
+            if self._round and None not in self._round.values():
+                arrivals, self._round = self._round, None
+                for worker_id in sorted(arrivals):
+                    arrival = arrivals[worker_id]
+                    assert arrival is not None
+                    self._append(arrival)
+                self._changed.set()
+                return
+            if not self._round:
+                self._round = None  # nobody is left; wait for somebody to become ready
+                await self._changed.wait()
+                return
+            await self._changed.wait()
+
+    @property
+    def is_in_round(self) -> bool:
+        """Whether workers are collecting a round of the sync mode now."""
+        return self._round is not None and None in self._round.values()
+
+    async def wait_round_over(self, is_over: Callable[[], bool]) -> None:
+        """Wait until no round is being collected. Safe to cancel."""
+        while self.is_in_round and not is_over():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def take(self, num_steps: int | None = None) -> list[ExperienceBatch]:
+        """Take what is here, oldest first, up to about ``num_steps``; ``None`` takes all."""
+        batches: list[ExperienceBatch] = []
+        steps = 0
+        while self._arrivals and (num_steps is None or steps < num_steps):
+            batch = self.take_one()
+            if batch is not None:
+                batches.append(batch)
+                steps += batch.num_steps
+        return batches
+
+    def take_one(self) -> ExperienceBatch | None:
+        """Take the oldest one; ``None`` if nothing (fresh enough) is here."""
+        while self._arrivals:
+            arrival = self._pop()
+            newest = self._newest_version()
+            if self._is_too_old(arrival, newest):
+                self._discard(arrival)
+                self._top_up_one(arrival.channel.worker_id)
+                continue
+            batch = arrival.open(newest)
+            self.num_batches += 1
+            self.num_steps += batch.num_steps
+            self._delivered_since_push += 1
+            self._top_up_one(batch.worker_id)
+            return batch
+        return None
+
+    def _is_too_old(self, arrival: Arrival, newest: int) -> bool:
+        limit = self._config.max_staleness
+        return (
+            limit is not None
+            and self._config.staleness_policy == "drop"
+            and newest - arrival.frame.version > limit
+        )
+
+    def discard_all(self) -> None:
+        """Give every slot back unread."""
+        while self._arrivals:
+            self._pop().drop()
+        for arrival in (self._round or {}).values():
+            if arrival is not None:
+                arrival.drop()
+        self._round = None
+        self._changed.set()
+
+    # the inbox
+
+    @property
+    def num_steps_queued(self) -> int:
+        """Environment steps that have arrived and were not taken."""
+        return self._steps_queued
+
+    @property
+    def num_queued(self) -> int:
+        """Experiences that have arrived and were not taken."""
+        return len(self._arrivals)
+
+    def num_queued_of(self, worker_id: int) -> int:
+        """Experiences of one worker that have arrived and were not taken."""
+        return self._queued[worker_id]
+
+    def _append(self, arrival: Arrival) -> None:
+        self._arrivals.append(arrival)
+        self._queued[arrival.channel.worker_id] += 1
+        self._steps_queued += arrival.frame.num_steps
+
+    def _pop(self) -> Arrival:
+        arrival = self._arrivals.popleft()
+        self._queued[arrival.channel.worker_id] -= 1
+        self._steps_queued -= arrival.frame.num_steps
+        return arrival
+
+    def _drop_oldest_of(self, worker_id: int) -> None:
+        for index, arrival in enumerate(self._arrivals):
+            if arrival.channel.worker_id == worker_id:
+                del self._arrivals[index]
+                self._queued[worker_id] -= 1
+                self._steps_queued -= arrival.frame.num_steps
+                self._discard(arrival)
+                return
+
+    def _discard(self, arrival: Arrival) -> None:
+        arrival.drop()
+        self.num_dropped += 1
