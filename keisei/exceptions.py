@@ -156,7 +156,7 @@ class WorkerError(KeiseiError):
             self.exitcode,
             self.remote_traceback,
         )
-        return type(self), facts
+        return type(self), facts, {"replies": self.replies, "errors": self.errors}
 
 
 class WorkerStartError(WorkerError):

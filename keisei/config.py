@@ -1,0 +1,224 @@
+"""ParallelConfig and RestartPolicy: validated values, nothing else."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from keisei.devices import device_problem
+from keisei.exceptions import ConfigurationError
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeSeconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Values(BaseModel, frozen=True, extra="forbid", validate_default=True):
+    """Immutable, strict about names, and one readable error for all problems at once.
+
+    A rule between two fields is a validator of the later one, never of the whole model: pydantic
+    skips the latter when any field is wrong, and its problem would be missing from the list.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        """Validate ``values``.
+
+        Raises:
+            ConfigurationError: If any value cannot work; every problem is listed.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            findings = error.errors(include_url=False)
+            problems = [line for finding in findings for line in _problems(finding, type(self))]
+            raise ConfigurationError(problems) from None
+
+
+def _problems(finding: Any, model: type[_Values]) -> list[str]:
+    """Turn one finding of pydantic into lines of key, value and remedy."""
+    key = ".".join(str(part) for part in finding["loc"])
+    cause = finding.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigurationError):  # of the policy inside the configuration
+        return [f"{key}.{problem}" for problem in cause.problems]
+    value = finding["input"]
+    message = str(finding["msg"]).removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be", 1)
+    if finding["type"] == "extra_forbidden":
+        near = _nearest(value=key, known=model.model_fields)
+        message = f"unknown key; {near or 'known: ' + ', '.join(sorted(model.model_fields))}"
+    elif finding["type"] == "literal_error":
+        near = _nearest(value=value, known=get_args(model.model_fields[key].annotation))
+        message = f"{message}; {near}" if near else message
+    return [f"{key} = {value!r}: {message}"]
+
+
+def _nearest(*, value: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(value), known, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+class RestartPolicy(_Values, frozen=True):
+    """How often, and how soon, a slot that failed is filled again.
+
+    Attributes:
+        max_restarts: At most this many failures in ``restart_window`` (OTP's restart
+            intensity); one more escalates.
+        restart_window: Seconds that a failure is remembered.
+        backoff_base: Seconds; the n-th failure in a row waits a random time up to
+            ``backoff_base`` · 2^(n-2). The first restart is immediate.
+        backoff_cap: Seconds; the longest wait.
+        reset_after: Seconds of proven health after which a slot's row of failures is forgotten.
+        max_concurrent_starts: Processes that may be starting at the same time.
+    """
+
+    max_restarts: int = Field(default=10, ge=0)
+    restart_window: Seconds = 60.0
+    backoff_base: NonNegativeSeconds = 0.1
+    backoff_cap: NonNegativeSeconds = 10.0
+    reset_after: Seconds = 30.0
+    max_concurrent_starts: int = Field(default=8, ge=1)
+
+    @field_validator("backoff_cap")
+    @classmethod
+    def _not_below_base(cls, cap: float, info: ValidationInfo) -> float:
+        base = info.data.get("backoff_base", 0.0)
+        if cap < base:
+            raise ValueError(f"must not be below backoff_base ({base})")
+        return cap
+
+
+class ParallelConfig(_Values, frozen=True):
+    """Everything that can be set about a pool. Every timeout is in seconds.
+
+    Attributes:
+        num_workers: Slots.
+        mode: "async": workers run ahead as far as ``max_queue_size`` lets them. "sync": rounds
+            of exactly one experience per worker, all with the newest weights.
+        backend: "local" processes, or "inline": the same pool inside the application's own
+            process and loop, for debugging.
+        start_method: "forkserver" (fast, from a preloaded server) or "spawn".
+        preload: Modules that the fork server imports once; ``None`` chooses torch, the
+            library's own, and the module of the worker. They must start no threads.
+        seed: Root of every worker's seed; ``None`` draws one, which ``stats()`` tells.
+        max_queue_size: Experiences per worker that may wait for the learner.
+        overflow: What a full queue does: "block" the worker, or "drop_oldest".
+        sync_interval: Learner updates between two weight pushes of ``run()``.
+        max_staleness: Largest wanted policy lag of a delivered batch, in versions; ``None``
+            sets no limit.
+        staleness_policy: "pace": workers wait rather than run further ahead than that; "drop":
+            older batches are discarded and counted; "mark": ``batch.staleness`` only.
+        compression_enabled: Whether ``ModelSynchronizer`` compresses what it prepares. Weights
+            in shared memory are never compressed.
+        check_finite: Count pushes that hold NaN or infinity, in ``stats()``.
+        worker_device_map: "auto" (round robin over the GPUs, ``max_workers_per_gpu`` on each,
+            then the CPU), one device for all, or one for each worker.
+        max_workers_per_gpu: See ``worker_device_map``.
+        threads_per_worker: ``torch.set_num_threads`` in each worker.
+        start_timeout: From the start of a process until ``setup`` is done.
+        command_timeout: Default deadline of a command, and of loading weights in a worker.
+        collect_timeout: Longest time without progress inside one ``collect``: the hang deadline.
+        shutdown_timeout: From the stop frame to SIGTERM; SIGKILL follows a quarter of it later.
+        restart: A ``RestartPolicy`` or a mapping.
+        min_workers: With ``on_exhausted="degrade"``: fewer ready slots than this escalate.
+        on_exhausted: "raise" ends the pool when a slot fails too often; "degrade" gives the
+            slot up and goes on.
+        max_worker_rss: Bytes of resident memory above which a worker is replaced between two
+            experiences; ``None`` never.
+        max_experiences_per_worker: Experiences after which a worker is replaced; ``None`` never.
+        poison_threshold: Distinct slots that must fail on one weights version before it is
+            withdrawn; ``None`` never withdraws.
+    """
+
+    num_workers: int = Field(default=2, ge=1, le=1024)
+    mode: Literal["async", "sync"] = "async"
+    backend: Literal["local", "inline"] = "local"
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    preload: tuple[str, ...] | None = None
+    seed: int | None = Field(default=None, ge=0)
+    max_queue_size: int = Field(default=4, ge=1)
+    overflow: Literal["block", "drop_oldest"] = "block"
+    sync_interval: int = Field(default=1, ge=1)
+    max_staleness: int | None = Field(default=None, ge=0)
+    staleness_policy: Literal["pace", "drop", "mark"] = "pace"
+    compression_enabled: bool = False
+    check_finite: bool = False
+    worker_device_map: str | tuple[str, ...] = "cpu"
+    max_workers_per_gpu: int = Field(default=1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1)
+    start_timeout: Seconds = 60.0
+    command_timeout: Seconds = 30.0
+    collect_timeout: Seconds = 300.0
+    shutdown_timeout: Seconds = 5.0
+    restart: RestartPolicy = Field(default_factory=RestartPolicy)
+    min_workers: int = Field(default=1, ge=1)
+    on_exhausted: Literal["raise", "degrade"] = "raise"
+    max_worker_rss: int | None = Field(default=None, gt=0)
+    max_experiences_per_worker: int | None = Field(default=None, ge=1)
+    poison_threshold: int | None = Field(default=3, ge=2)
+
+    @field_validator("max_staleness")
+    @classmethod
+    def _only_in_async_mode(cls, versions: int | None, info: ValidationInfo) -> int | None:
+        if versions is not None and info.data.get("mode") == "sync":
+            raise ValueError(
+                "has no meaning in sync mode, where every round uses the newest weights"
+            )
+        return versions
+
+    @field_validator("worker_device_map", mode="before")
+    @classmethod
+    def _known_devices(cls, devices: object, info: ValidationInfo) -> str | tuple[str, ...]:
+        if isinstance(devices, str) or not isinstance(devices, Sequence):
+            if problem := device_problem(devices):
+                raise ValueError(problem)
+            return str(devices)
+        for place, device in enumerate(devices):
+            if problem := device_problem(device, of_one=True):
+                raise ValueError(f"worker {place} has {device!r}, which {problem}")
+        num_workers = info.data.get("num_workers", len(devices))
+        if len(devices) != num_workers:
+            raise ValueError(
+                f"names {len(devices)} devices for {num_workers} workers; "
+                "give one for each, or a single string for all"
+            )
+        return tuple(devices)
+
+    @field_validator("restart", mode="before")
+    @classmethod
+    def _from_any_mapping(cls, restart: object) -> object:
+        if isinstance(restart, Mapping):
+            return RestartPolicy(**{str(key): value for key, value in restart.items()})
+        return restart
+
+    @field_validator("min_workers")
+    @classmethod
+    def _not_above_num_workers(cls, minimum: int, info: ValidationInfo) -> int:
+        num_workers = info.data.get("num_workers", minimum)
+        if minimum > num_workers:
+            raise ValueError(f"must not exceed num_workers ({num_workers})")
+        return minimum
+
+    @classmethod
+    def of(cls, config: ParallelConfig | Mapping[str, Any] | None) -> ParallelConfig:
+        """Return ``config`` itself, a mapping validated, or the defaults.
+
+        Raises:
+            ConfigurationError: If any value cannot work; every problem is listed.
+        """
+        if config is None:
+            return cls()
+        if isinstance(config, cls):
+            return config
+        if not isinstance(config, Mapping):
+            raise ConfigurationError(
+                [f"config is a {type(config).__name__}; give a ParallelConfig or a mapping"]
+            )
+        return cls(**{str(key): value for key, value in config.items()})

@@ -1,0 +1,97 @@
+"""Every check of this project, each in an environment of its own: ``nox -l`` lists them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nox
+
+# The one pin of this project: sessions install it first, so that runs are reproducible and a
+# build for the CPU that is at hand satisfies everything that follows. The library is not pinned.
+TORCH = "torch==2.13.0"
+
+nox.needs_version = ">=2025.2.9"
+# pip, not uv, is the installer: it honours the user's own pip configuration.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_venv = "no"
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+EXTRAS = ("gymnasium", "progress", "examples")
+
+
+def install(session: nox.Session, *groups: str, extras: tuple[str, ...] = EXTRAS) -> None:
+    """Install torch, then the built package with ``extras``, then the dependency ``groups``."""
+    session.install(TORCH)
+    package = f".[{','.join(extras)}]" if extras else "."
+    session.install(package, *nox.project.dependency_groups(PYPROJECT, *groups))
+
+
+def lowest(requirement: str) -> str:
+    """Turn ``name>=1.2,<2`` into ``name==1.2``; torch stays at the pin.
+
+    Torch's lower releases have no build for the CPU alone on the package index, only builds that
+    bring a GPU's libraries of several gigabytes, so its lower bound is not run here.
+    """
+    name, version = re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,.*)?", requirement).groups()
+    return TORCH if name == "torch" else f"{name}=={version}"
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests against the built and installed package with every extra."""
+    install(session, "test")
+    # The console script, not "python -m pytest", which would import the source tree instead.
+    session.run("pytest", *session.posargs, env={"KEISEI_TEST_INSTALLED": "1"})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format with ruff."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the package and tests/typing with mypy, strictly."""
+    install(session, "typing")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Solve CartPole with two supervised workers, one of which is killed on the way."""
+    install(session)
+    session.run("python", "examples/train_cartpole.py", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run every example at its smallest size."""
+    install(session)
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        # A file without the guard is a module that the examples import, such as their workers.
+        if '__name__ == "__main__"' in example.read_text(encoding="utf-8"):
+            session.run("python", f"examples/{example.name}", "--smoke", *session.posargs)
+
+
+@nox.session(default=False)
+def core(session: nox.Session) -> None:
+    """Run the tests with no extra installed; those that need one are skipped."""
+    install(session, "test", extras=())
+    session.run("pytest", *session.posargs, env={"KEISEI_TEST_INSTALLED": "1"})
+
+
+@nox.session(default=False)
+def minimums(session: nox.Session) -> None:
+    """Run the tests with the lowest declared version of every dependency but torch."""
+    project = PYPROJECT["project"]
+    optional = project["optional-dependencies"].values()
+    declared = {*project["dependencies"], *(one for extra in optional for one in extra)}
+    install(session, "test")
+    session.install(*sorted(map(lowest, declared)))
+    session.run("pytest", *session.posargs, env={"KEISEI_TEST_INSTALLED": "1"})
