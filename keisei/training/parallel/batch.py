@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class ExperienceBatch:
     """Named tensors that one ``collect`` of one worker returned.
 
@@ -28,40 +31,15 @@ class ExperienceBatch:
         seed: The worker's seed.
     """
 
-    __slots__ = (
-        "data",
-        "incarnation",
-        "info",
-        "num_steps",
-        "seed",
-        "sequence",
-        "staleness",
-        "weights_version",
-        "worker_id",
-    )
-
-    def __init__(
-        self,
-        data: Mapping[str, torch.Tensor],
-        info: Mapping[str, Any],
-        num_steps: int,
-        *,
-        worker_id: int = 0,
-        incarnation: int = 0,
-        sequence: int = 0,
-        weights_version: int = 0,
-        staleness: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self.data = data
-        self.info = info
-        self.num_steps = num_steps
-        self.worker_id = worker_id
-        self.incarnation = incarnation
-        self.sequence = sequence
-        self.weights_version = weights_version
-        self.staleness = staleness
-        self.seed = seed
+    data: Mapping[str, torch.Tensor]
+    info: Mapping[str, Any]
+    num_steps: int
+    worker_id: int = 0
+    incarnation: int = 0
+    sequence: int = 0
+    weights_version: int = 0
+    staleness: int = 0
+    seed: int = 0
 
     def release(self) -> None:
         """Drop this batch's tensors; ``data`` is empty afterwards.
@@ -73,17 +51,8 @@ class ExperienceBatch:
 
     def clone(self) -> ExperienceBatch:
         """Return a copy in ordinary memory, which keeps nothing of the worker's."""
-        return ExperienceBatch(
-            {name: tensor.clone() for name, tensor in self.data.items()},
-            dict(self.info),
-            self.num_steps,
-            worker_id=self.worker_id,
-            incarnation=self.incarnation,
-            sequence=self.sequence,
-            weights_version=self.weights_version,
-            staleness=self.staleness,
-            seed=self.seed,
-        )
+        copies = {name: tensor.clone() for name, tensor in self.data.items()}
+        return replace(self, data=copies, info=dict(self.info))
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}: {list(v.shape)} {v.dtype}" for k, v in self.data.items())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
     CommandError,
     QueueBroken,
+    QueueClosed,
     QueueEnded,
     QueueWouldBlock,
     SerializationError,
@@ -18,11 +19,13 @@ from keisei.exceptions import (
     WorkerLost,
 )
 from keisei.ipc import messages, serialize
-from keisei.ipc.queues import AsyncQueue, FrameReader
+from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.ring import RingReader
 from keisei.ipc.status import Phase, StatusLine
 from keisei.supervision.exits import LastWords
 from keisei.training.parallel.batch import ExperienceBatch
+
+E = TypeVar("E")
 
 
 class Arrival(NamedTuple):
@@ -105,13 +108,8 @@ class Channel:
     def listen(self, listener: Listener) -> None:
         """Hear the worker in the running loop."""
         self._listener = listener
-        self._reader(self.reply).listen(self._on_reply)
-        self._reader(self.experience).listen(self._on_experience)
-
-    @staticmethod
-    def _reader(queue: AsyncQueue[Any]) -> FrameReader:
-        assert queue.reader is not None
-        return queue.reader
+        _held(self.reply.reader).listen(self._on_reply)
+        _held(self.experience.reader).listen(self._on_experience)
 
     # to the worker
 
@@ -123,13 +121,12 @@ class Channel:
         """Allow the worker to collect ``credits`` more experiences."""
         if credits > 0:
             self.granted += credits
-            self._reader(self.experience).grant(credits)
+            _held(self.experience.reader).grant(credits)
 
     def announce(self, message: Any, fd: int | None = None) -> None:
         """Send a frame about weights; raises ``QueueWouldBlock`` or ``QueueEnded``."""
-        assert self.model.writer is not None
         fds = [] if fd is None else [fd]
-        self.model.writer.put_nowait(serialize.dumps(message), fds)
+        _held(self.model.writer).put_nowait(serialize.dumps(message), fds)
 
     @property
     def outstanding(self) -> int:
@@ -157,10 +154,9 @@ class Channel:
         self._pending[sequence] = (name, future)
         self._commands[sequence] = name
         try:
-            try:
+            # A worker that is dying has its cause told by the supervisor, through the future.
+            with contextlib.suppress(QueueEnded):
                 await self.control.put(message)
-            except QueueEnded:
-                pass  # it is dying; the supervisor fails this request when it has its cause
             return await future
         finally:
             self._pending.pop(sequence, None)
@@ -186,12 +182,10 @@ class Channel:
         self._take_all(self.experience, self._experience)
 
     def _on_reply(self) -> None:
-        self._take_all(self.reply, self._answer)
+        self._take_all(self.reply, lambda message, _: self._answer(message))
 
-    def _take_all(
-        self, queue: AsyncQueue[Any], handle: Callable[[Any, list[int]], None]
-    ) -> None:
-        reader = self._reader(queue)
+    def _take_all(self, queue: AsyncQueue[Any], handle: Callable[[Any, list[int]], None]) -> None:
+        reader = _held(queue.reader)
         try:
             while True:
                 payload, fds = reader.get_nowait()
@@ -215,7 +209,7 @@ class Channel:
         if self._listener is not None:
             self._listener.on_arrival(Arrival(self, frame))
 
-    def _answer(self, message: Any, fds: list[int]) -> None:
+    def _answer(self, message: Any) -> None:
         if isinstance(message, (messages.Reply, messages.ReplyError)):
             name, future = self._pending.get(message.sequence, ("", None))
             if future is not None and not future.done():
@@ -256,11 +250,13 @@ class Channel:
 
         Committed experiences are heard as usual; call it once the process has ended.
         """
-        for queue, handle in ((self.experience, self._experience), (self.reply, self._answer)):
-            reader = queue.reader
-            if reader is not None and self._listener is not None:
-                reader.drain()
-                self._take_all(queue, handle)
+        if self._listener is not None:
+            for queue, take in (
+                (self.experience, self._on_experience),
+                (self.reply, self._on_reply),
+            ):
+                _held(queue.reader).drain()
+                take()
         status, failed, goodbye = self.status, self._failed, self._goodbye
         return LastWords(
             said_goodbye=goodbye is not None,
@@ -290,14 +286,19 @@ class Channel:
         self._listener = None
         for queue in (self.experience, self.model, self.control, self.reply):
             queue.close()
-        if self.status.fd >= 0:
-            os.close(self.status.fd)
-            self.status.fd = -1
+        self.status.close()
 
     @property
     def phase(self) -> Phase:
         """What the worker says it is doing."""
         return self.status.phase
+
+
+def _held(end: E | None) -> E:
+    """Return the end of a queue that is on this side."""
+    if end is None:
+        raise QueueClosed("this end of the queue was given to the worker")
+    return end
 
 
 def _copy(error: WorkerError) -> WorkerError:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
@@ -16,6 +14,7 @@ from keisei.exceptions import (
     QueueEnded,
     QueueTimeout,
     QueueWouldBlock,
+    WeightsError,
     WorkerError,
     WorkerLost,
 )
@@ -25,6 +24,9 @@ from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.weights import HasStateDict, WeightsPublisher, tensors_of
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.channel import Arrival, Channel, Listener
+
+if TYPE_CHECKING:
+    import torch
 
 _THREAD_BYTES = 1 << 20
 
@@ -55,9 +57,7 @@ class WorkerCommunicator:
     processes: give ``endpoints(worker_id)`` to a ``WorkerRuntime`` there.
     """
 
-    def __init__(
-        self, num_workers: int, *, max_queue_size: int = 4, timeout: float = 30.0
-    ) -> None:
+    def __init__(self, num_workers: int, *, max_queue_size: int = 4, timeout: float = 30.0) -> None:
         """Make the queues of ``num_workers`` slots.
 
         Args:
@@ -72,7 +72,7 @@ class WorkerCommunicator:
         self._publishing = asyncio.Lock()
         self._arrivals: list[Arrival] = []
         self._arrived = asyncio.Event()
-        self._listener = Listener(self._keep, lambda channel: None, lambda *trouble: None)
+        self._listener = Listener(self._keep, _ignore, _ignore)
         self.channels: dict[int, Channel] = {
             worker_id: Channel(worker_id, 0, max_queue_size) for worker_id in range(num_workers)
         }
@@ -103,16 +103,20 @@ class WorkerCommunicator:
         """Hand arrivals and readiness to ``listener`` instead of ``collect_experiences``."""
         self._listener = listener
 
-    def renew(self, worker_id: int) -> Channel:
+    def renew(self, worker_id: int, incarnation: int | None = None) -> Channel:
         """Give a slot fresh queues, for its next process; nothing of the old ones remains.
 
         Whoever still waits for the old process gets ``WorkerLost``.
+
+        Args:
+            worker_id: The slot, which may be a new one.
+            incarnation: The number of the process; ``None`` counts on.
         """
         old = self.channels.get(worker_id)
-        incarnation = 0
         if old is not None:
-            incarnation = old.incarnation + 1
             old.lose(self._lost(old, "its queues were renewed"))
+        if incarnation is None:
+            incarnation = old.incarnation + 1 if old is not None else 0
         self.channels[worker_id] = Channel(worker_id, incarnation, self.max_queue_size)
         return self.channels[worker_id]
 
@@ -271,7 +275,8 @@ class WorkerCommunicator:
 
     def revert_weights(self) -> int:
         """Publish the weights before the newest again, as a new version, which is returned."""
-        assert self._publisher is not None
+        if self._publisher is None or self._publisher.version <= 1:
+            raise WeightsError("there are no weights before these")
         return self._publisher.revert()
 
     async def wait_applied(
@@ -348,18 +353,24 @@ class WorkerCommunicator:
 
     # all of them
 
-    def get_queue_info(self) -> QueueInfo:
-        """Return how many frames wait in each queue."""
+    def get_queue_info(self, num_queued_of: Callable[[int], int] | None = None) -> QueueInfo:
+        """Return how many frames wait in each queue.
+
+        Args:
+            num_queued_of: Tells how many experiences of a worker wait, where a manager takes
+                them instead of ``collect_experiences``.
+        """
+        queued = num_queued_of or self._num_kept_of
         return QueueInfo(
             num_workers=self.num_workers,
             max_queue_size=self.max_queue_size,
-            experience_queue_sizes=tuple(
-                sum(arrival.channel.worker_id == worker_id for arrival in self._arrivals)
-                for worker_id in sorted(self.channels)
-            ),
+            experience_queue_sizes=tuple(queued(key) for key in sorted(self.channels)),
             model_queue_sizes=tuple(queue.qsize() for queue in self.model_queues),
             control_queue_sizes=tuple(queue.qsize() for queue in self.control_queues),
         )
+
+    def _num_kept_of(self, worker_id: int) -> int:
+        return sum(arrival.channel.worker_id == worker_id for arrival in self._arrivals)
 
     async def cleanup(self) -> None:
         """Close every queue and give the weights' memory back; may be called again.
@@ -375,6 +386,10 @@ class WorkerCommunicator:
             self._publisher.close()
 
 
+def _ignore(*what: object) -> None:
+    """Hear, and do nothing: without a manager nobody restarts a worker."""
+
+
 def _replies(answers: dict[int, Any]) -> dict[int, Any]:
     """Return the answers, or raise the first error with all others in it."""
     errors = {key: value for key, value in answers.items() if isinstance(value, BaseException)}
@@ -383,10 +398,11 @@ def _replies(answers: dict[int, Any]) -> dict[int, Any]:
     for error in errors.values():
         if not isinstance(error, WorkerError):
             raise error
-    first: WorkerError = next(iter(errors.values()))
+    failures = {key: error for key, error in errors.items() if isinstance(error, WorkerError)}
+    first = next(iter(failures.values()))
     first.replies = {key: value for key, value in answers.items() if key not in errors}
-    first.errors = errors
-    for other in list(errors.values())[1:]:
+    first.errors = failures
+    for other in list(failures.values())[1:]:
         first.add_note(f"also: {str(other).splitlines()[0]}")
     raise first
 

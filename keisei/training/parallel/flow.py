@@ -62,6 +62,7 @@ class Flow:
         worker_id = arrival.channel.worker_id
         if self._round is not None and worker_id in self._round:
             self._round[worker_id] = arrival
+            self._end_round_if_complete()
             self._changed.set()
             return
         self._append(arrival)
@@ -80,11 +81,13 @@ class Flow:
                 self._grant(channel, 1)
         else:
             self.top_up()
+        self._changed.set()
 
     def closed(self, worker_id: int) -> None:
         """Expect nothing more of a slot."""
         if self._round is not None and self._round.get(worker_id, ...) is None:
             del self._round[worker_id]
+            self._end_round_if_complete()
         self._changed.set()
 
     def pushed(self) -> None:
@@ -148,51 +151,39 @@ class Flow:
     # taking
 
     async def wait_for(self, num_steps: int, is_over: Callable[[], bool]) -> None:
-        """Wait until ``num_steps`` are here, or ``is_over``; takes nothing. Safe to cancel."""
-        if self._config.mode == "sync":
-            while self._steps_queued < num_steps and not is_over():
-                await self._play_round(is_over)
-            return
+        """Wait until ``num_steps`` are here, or ``is_over``; takes nothing. Safe to cancel.
+
+        A round of the sync mode that has begun goes on by itself.
+        """
         self._demand += num_steps
         try:
             self.top_up()
             while self._steps_queued < num_steps and not is_over():
+                self._begin_round()
                 self._changed.clear()
                 await self._changed.wait()
         finally:
             self._demand -= num_steps
 
-    async def _play_round(self, is_over: Callable[[], bool]) -> None:
-        """Have every live worker collect one experience; wait until all have arrived.
-
-        A cancelled round goes on by itself and is finished by the next call.
-        """
-        if self._round is None:
-            self._round = {channel.worker_id: None for channel in self._ready.values()}
+    def _begin_round(self) -> None:
+        """In sync mode, have every live worker collect one experience, unless they are at it."""
+        if self._config.mode == "sync" and self._round is None and self._ready:
+            self._round = dict.fromkeys(self._ready)
             for channel in self._ready.values():
                 self._grant(channel, 1)
-        while not is_over():
-            self._changed.clear()
-            if self._round is None:
-                return  # another task has finished it
-            if self._round and None not in self._round.values():
-                arrivals, self._round = self._round, None
-                for worker_id in sorted(arrivals):
-                    arrival = arrivals[worker_id]
-                    assert arrival is not None
+
+    def _end_round_if_complete(self) -> None:
+        """Put a complete round into the inbox, ordered by worker."""
+        if self._round is not None and None not in self._round.values():
+            arrivals, self._round = self._round, None
+            for _, arrival in sorted(arrivals.items()):
+                if arrival is not None:
                     self._append(arrival)
-                self._changed.set()
-                return
-            if not self._round:
-                self._round = None  # nobody is left; wait for somebody to become ready
-                await self._changed.wait()
-                return
-            await self._changed.wait()
 
     @property
     def is_in_round(self) -> bool:
         """Whether workers are collecting a round of the sync mode now."""
-        return self._round is not None and None in self._round.values()
+        return self._round is not None
 
     async def wait_round_over(self, is_over: Callable[[], bool]) -> None:
         """Wait until no round is being collected. Safe to cancel."""

@@ -11,36 +11,28 @@ from typing import Any, Self
 
 import torch
 
-from keisei import events
-from keisei.backends.base import Backend
-from keisei.backends.inline import InlineBackend
-from keisei.backends.local import LocalBackend
 from keisei.config import ParallelConfig
-from keisei.devices import resolve_devices
-from keisei.events import ExitCause, Incident
-from keisei.exceptions import (
-    CollectTimeout,
-    ManagerStateError,
-    PoisonedWeights,
-    QueueEnded,
-    QueueWouldBlock,
-    WorkerLost,
+from keisei.events import (
+    Event,
+    Incident,
+    PoolPaused,
+    PoolResumed,
+    PoolScaled,
+    PoolStarted,
+    PoolStopped,
+    UpdateCompleted,
+    WeightsPushed,
 )
-from keisei.ipc import messages
-from keisei.ipc.status import StatusLine
+from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
 from keisei.ipc.weights import HasStateDict, tensors_of
 from keisei.observers import Observer, ObserverSet
-from keisei.supervision.exits import LastWords
-from keisei.supervision.process import ProcessHandle
 from keisei.supervision.shutdown import to_completion
-from keisei.supervision.supervisor import Supervisor
 from keisei.training.parallel.batch import ExperienceBatch
-from keisei.training.parallel.channel import Arrival, Channel, Listener
-from keisei.training.parallel.communication import QueueInfo, WorkerCommunicator
+from keisei.training.parallel.communication import QueueInfo
 from keisei.training.parallel.factory import pickle_factory
-from keisei.training.parallel.flow import Flow
+from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import Learner, RunReport, TrainingLoop
-from keisei.training.parallel.seeds import draw_root, worker_seed
+from keisei.training.parallel.seeds import draw_root
 from keisei.training.parallel.stats import PoolStats, WorkerInfo
 from keisei.training.parallel.streams import EventStream, ExperienceStream
 from keisei.worker import Worker
@@ -93,20 +85,12 @@ class ParallelManager:
         self._seed = self.config.seed if self.config.seed is not None else draw_root()
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._num_workers = self.config.num_workers
-        self._devices: tuple[str, ...] = ()
-        self._ready: dict[int, Channel] = {}
+        self._pool: Pool | None = None
         self._streams: set[EventStream] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._stop_requested = False
-        self._paused = False
-        self._poisoned: PoisonedWeights | None = None
         self._started_at = 0.0
         self._num_pushes = self._bytes_pushed = self._num_not_finite = 0
-        self._communicator: WorkerCommunicator
-        self._supervisor: Supervisor
-        self._flow: Flow
-        self._backend: Backend
 
     # life
 
@@ -141,56 +125,21 @@ class ParallelManager:
             raise ManagerStateError(
                 f"this manager is {self._state}; it serves once, so make a new one"
             )
-        self._open()
+        self._state = _State.STARTING
+        self._loop = asyncio.get_running_loop()
+        self._started_at = time.monotonic()
+        pool = self._pool = Pool(self.config, self._factory, self._seed, self._publish)
         try:
-            await self._backend.open()
+            await pool.backend.open()
             if self._model is not None:
-                await self._communicator.send_model_weights(self._model)
-            for worker_id in range(self._num_workers):
-                self._supervisor.add(worker_id)
-            await self._supervisor.wait_settled()
+                await pool.communicator.send_model_weights(self._model)
+            await pool.fill()
         except BaseException:
             await self.stop()
             raise
-        if self._state is _State.STARTING:
+        if self._stopping is None:
             self._state = _State.RUNNING
-            self._publish(events.PoolStarted(self._num_workers))
-
-    def _open(self) -> None:
-        config = self.config
-        self._loop = asyncio.get_running_loop()
-        self._state = _State.STARTING
-        self._started_at = time.monotonic()
-        self._devices = self._resolve_devices(self._num_workers)
-        self._communicator = WorkerCommunicator(
-            0, max_queue_size=config.max_queue_size, timeout=config.command_timeout
-        )
-        self._communicator.use(Listener(self._on_arrival, self._on_ready, self._on_trouble))
-        if config.backend == "inline":
-            self._backend = InlineBackend()
-        else:
-            self._backend = LocalBackend(
-                self._factory,
-                start_method=config.start_method,
-                preload=config.preload,
-                max_concurrent_starts=config.restart.max_concurrent_starts,
-            )
-        self._supervisor = Supervisor(_Crew(self), config, self._publish)
-        self._flow = Flow(
-            config,
-            self._ready,
-            lambda: self._communicator.weights_version,
-            self._supervisor.expect_progress,
-        )
-
-    def _resolve_devices(self, num_workers: int) -> tuple[str, ...]:
-        wanted = self.config.worker_device_map
-        return resolve_devices(
-            wanted,
-            num_workers=num_workers,
-            num_gpus=torch.cuda.device_count() if wanted == "auto" else 0,
-            max_workers_per_gpu=self.config.max_workers_per_gpu,
-        )
+            self._publish(PoolStarted(pool.num_workers))
 
     async def stop(self) -> None:
         """End every worker and return when all are gone.
@@ -203,24 +152,22 @@ class ParallelManager:
         if self._state is _State.NEW:
             self._state = _State.STOPPED
             return
-        self._check_loop()
+        pool = self._started()
         if self._stopping is None:
-            self._stopping = asyncio.get_running_loop().create_task(self._stop(), name="keisei-stop")
+            self._stopping = asyncio.get_running_loop().create_task(
+                self._stop(pool), name="keisei-stop"
+            )
         elif not self._stopping.done():
-            self._supervisor.hurry()
+            pool.supervisor.hurry()
         await to_completion(_outcome(self._stopping))
 
-    async def _stop(self) -> None:
+    async def _stop(self, pool: Pool) -> None:
         self._state = _State.STOPPING
         self._stop_requested = True
-        self._flow.wake()
-        await self._supervisor.stop()
-        self._flow.discard_all()
-        await self._communicator.cleanup()
-        await self._backend.aclose()
+        await pool.close()
         self._state = _State.STOPPED
-        self._flow.wake()
-        self._publish(events.PoolStopped(len(self._supervisor.incidents)))
+        pool.flow.wake()
+        self._publish(PoolStopped(len(pool.supervisor.incidents)))
         for stream in list(self._streams):
             stream.close()
 
@@ -231,8 +178,8 @@ class ParallelManager:
         application for example; from another thread with ``loop.call_soon_threadsafe``.
         """
         self._stop_requested = True
-        if self._state is not _State.NEW:
-            self._flow.wake()
+        if self._pool is not None:
+            self._pool.flow.wake()
 
     @property
     def is_stop_requested(self) -> bool:
@@ -251,17 +198,17 @@ class ParallelManager:
         Raises:
             PoolExhausted: The restart policy was exceeded.
         """
-        self._check_usable()
+        self._usable()
         return ExperienceStream(self._next_batch)
 
     async def _next_batch(self) -> ExperienceBatch | None:
-        self._check_loop()
-        while not self._is_over():
-            batch = self._flow.take_one()
+        pool = self._started()
+        while not self._is_over(pool):
+            batch = pool.flow.take_one()
             if batch is not None:
                 return batch
-            await self._flow.wait_for(1, self._is_over)
-        self._raise_failure()
+            await pool.flow.wait_for(1, lambda: self._is_over(pool))
+        pool.raise_failure()
         return None
 
     async def collect(
@@ -282,37 +229,36 @@ class ParallelManager:
             PoolExhausted: The restart policy was exceeded.
             ManagerStateError: The manager is not running.
         """
-        self._check_usable()
+        pool = self._usable()
         wanted = 1 if min_steps is None else min_steps
+        if not await self._wait_for_steps(pool, wanted, timeout):
+            states = ", ".join(
+                f"worker {info.worker_id} is {info.state} ({info.phase})" for info in self.workers
+            )
+            raise CollectTimeout(
+                f"{pool.flow.num_steps_queued} of {wanted} steps arrived in {timeout} s; {states}"
+            )
+        self._usable()
+        return pool.flow.take(None if self.config.mode == "sync" else min_steps)
+
+    async def collect_update(
+        self, min_steps: int | None, seconds: float | None
+    ) -> list[ExperienceBatch]:
+        """Return the batches of the next update of ``run``; none when it is time to end."""
+        pool = self._usable()
+        if not await self._wait_for_steps(pool, min_steps or 1, seconds):
+            return []
+        pool.raise_failure()
+        return [] if self._is_over(pool) else pool.flow.take(min_steps)
+
+    async def _wait_for_steps(self, pool: Pool, steps: int, timeout: float | None) -> bool:
+        """Return whether the steps, or the end of the pool, came in time."""
         try:
             async with asyncio.timeout(timeout):
-                await self._flow.wait_for(wanted, self._is_over)
+                await pool.flow.wait_for(steps, lambda: self._is_over(pool))
         except TimeoutError:
-            raise CollectTimeout(
-                f"{self._flow.num_steps_queued} of {wanted} steps arrived within {timeout} s; "
-                f"{self._describe_workers()}"
-            ) from None
-        self._raise_failure()
-        if self._state is not _State.RUNNING:
-            self._check_usable()
-        return self._flow.take(None if self.config.mode == "sync" else min_steps)
-
-    async def _next_update(
-        self, steps: int | None, seconds: float | None
-    ) -> list[ExperienceBatch]:
-        """Return the batches of the next update of ``run``; none if the time is over."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._flow.wait_for(steps or 1, self._is_over)
-        except TimeoutError:
-            return []
-        self._raise_failure()
-        return [] if self._is_over() else self._flow.take(steps)
-
-    def _describe_workers(self) -> str:
-        return ", ".join(
-            f"worker {info.worker_id} is {info.state} ({info.phase})" for info in self.workers
-        )
+            return False
+        return True
 
     # weights
 
@@ -323,7 +269,7 @@ class ParallelManager:
         wait: bool = False,
         timeout: float | None = None,
     ) -> int:
-        """Publish weights to all workers and return their version: 1, 2, 3 …
+        """Publish weights to all workers and return their version, 1 for the first.
 
         They are copied once into shared memory, whatever the number of workers; each worker takes
         the newest version before its next experience. In sync mode a round that is being
@@ -342,35 +288,30 @@ class ParallelManager:
             CommandTimeout: A worker has not applied them in time; they are published.
             ManagerStateError: The manager is not running.
         """
-        self._check_usable()
-        self._raise_poisoned()
+        pool = self._usable()
+        pool.raise_poisoned()
         tensors = tensors_of(weights)
         if self.config.mode == "sync":
-            await self._flow.wait_round_over(self._is_over)
-        version = await self._communicator.send_model_weights(tensors)
+            await pool.flow.wait_round_over(lambda: self._is_over(pool))
+        version = await pool.communicator.send_model_weights(tensors)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._num_pushes += 1
         self._bytes_pushed += num_bytes
+        pool.flow.pushed()
+        self._publish(WeightsPushed(version, num_bytes))
         if self.config.check_finite and not await asyncio.to_thread(_is_finite, tensors):
             self._num_not_finite += 1
-        self._flow.pushed()
-        self._publish(events.WeightsPushed(version, num_bytes))
         if wait:
-            for worker_id in self._ready:
-                self._supervisor.expect_progress(worker_id)
-            await self._communicator.wait_applied(version, list(self._ready), timeout)
-            self._raise_poisoned()
+            for worker_id in pool.ready:
+                pool.supervisor.expect_progress(worker_id)
+            await pool.communicator.wait_applied(version, list(pool.ready), timeout)
+            pool.raise_poisoned()
         return version
-
-    def _raise_poisoned(self) -> None:
-        poisoned, self._poisoned = self._poisoned, None
-        if poisoned is not None:
-            raise poisoned
 
     @property
     def weights_version(self) -> int:
         """The newest weights version; 0 is none."""
-        return self._communicator.weights_version if self._state is not _State.NEW else 0
+        return self._pool.communicator.weights_version if self._pool is not None else 0
 
     # commands
 
@@ -401,18 +342,13 @@ class ParallelManager:
             CommandTimeout: A worker did not answer in time.
             ManagerStateError: The manager is not running.
         """
-        self._check_usable()
-        chosen = sorted(self._ready) if worker_ids is None else list(worker_ids)
+        pool = self._usable()
+        chosen = sorted(pool.ready) if worker_ids is None else list(worker_ids)
         for worker_id in chosen:
-            if worker_id not in self._ready:
+            if worker_id not in pool.ready:
                 raise WorkerLost(f"worker {worker_id} is not ready now", worker_id)
-        for worker_id in chosen:
-            self._loop_soon(self._supervisor.expect_progress, worker_id)
-        return await self._communicator.send_control_command(command, data, chosen, timeout)
-
-    def _loop_soon(self, callback: Callable[..., object], *args: object) -> None:
-        assert self._loop is not None
-        self._loop.call_soon(callback, *args)
+            pool.supervisor.expect_progress(worker_id)
+        return await pool.communicator.send_control_command(command, data, chosen, timeout)
 
     async def pause(self, timeout: float | None = None) -> None:
         """Return when every worker stands still; nothing is collected until ``resume``.
@@ -428,21 +364,8 @@ class ParallelManager:
             CommandTimeout: A worker did not come to rest in time.
             ManagerStateError: The manager is not running.
         """
-        self._check_usable()
-        self._paused = True
-        moving = [key for key, channel in self._ready.items() if not channel.is_paused]
-        try:
-            await self._communicator.pause(moving, timeout)
-        except WorkerLost as lost:
-            others = [error for error in lost.errors.values() if not isinstance(error, WorkerLost)]
-            if others:
-                raise others[0] from None  # the dead stand still; a time-out is one all the same
-        if not self._paused:
-            return
-        for worker_id in moving:
-            if worker_id in self._ready:
-                self._ready[worker_id].is_paused = True
-        self._publish(events.PoolPaused())
+        await self._usable().pause(timeout)
+        self._publish(PoolPaused())
 
     async def resume(self) -> None:
         """Let workers collect again.
@@ -450,13 +373,8 @@ class ParallelManager:
         Raises:
             ManagerStateError: The manager is not running.
         """
-        self._check_usable()
-        self._paused = False
-        for worker_id, channel in self._ready.items():
-            channel.is_paused = False
-            self._send(channel, messages.Resume())
-            self._supervisor.expect_progress(worker_id)
-        self._publish(events.PoolResumed())
+        self._usable().resume()
+        self._publish(PoolResumed())
 
     async def reset(self, timeout: float | None = None) -> None:
         """Call ``reset`` of every worker; errors as in ``send_command``.
@@ -464,14 +382,6 @@ class ParallelManager:
         Batches that were collected before stay queued.
         """
         await self.send_command("reset", timeout=timeout)
-
-    @staticmethod
-    def _send(channel: Channel, message: Any) -> bool:
-        try:
-            channel.send(message)
-        except (QueueWouldBlock, QueueEnded):
-            return False
-        return True
 
     # size
 
@@ -487,96 +397,62 @@ class ParallelManager:
             PoolExhausted: The restart policy was exceeded.
             ManagerStateError: The manager is not running.
         """
-        self._check_usable()
+        pool = self._usable()
         if num_workers < 1:
             raise ValueError(f"num_workers is {num_workers}; a pool needs at least one worker")
-        before, self._num_workers = self._num_workers, num_workers
-        self._devices = self._resolve_devices(num_workers)
-        for worker_id in range(before, num_workers):
-            self._supervisor.add(worker_id)
-        for worker_id in range(num_workers, before):
-            self._ready.pop(worker_id, None)
-            self._supervisor.remove(worker_id)
-        await self._supervisor.wait_settled()
-        if self._num_workers == num_workers:
-            self._publish(events.PoolScaled(num_workers))
+        await pool.resize(num_workers)
+        if pool.num_workers == num_workers:
+            self._publish(PoolScaled(num_workers))
 
     # what it knows
 
     def stats(self) -> PoolStats:
         """Return the pool in numbers; costs no system call. Also after the end."""
-        self._check_started()
-        incidents = self._supervisor.incidents
+        pool = self._started(any_loop=True)
+        incidents = pool.supervisor.incidents
         return PoolStats(
             seconds=time.monotonic() - self._started_at,
-            num_workers=self._num_workers,
-            num_ready=len(self._ready),
-            num_batches=self._flow.num_batches,
-            num_steps=self._flow.num_steps,
-            num_queued=self._flow.num_queued,
-            num_dropped=self._flow.num_dropped,
+            num_workers=pool.num_workers,
+            num_ready=len(pool.ready),
+            num_batches=pool.flow.num_batches,
+            num_steps=pool.flow.num_steps,
+            num_queued=pool.flow.num_queued,
+            num_dropped=pool.flow.num_dropped,
             num_lost=sum(incident.experiences_lost for incident in incidents),
-            num_restarts=self._supervisor.num_restarts,
+            num_restarts=pool.supervisor.num_restarts,
             num_incidents=len(incidents),
-            weights_version=self._communicator.weights_version,
+            weights_version=pool.communicator.weights_version,
             num_pushes=self._num_pushes,
             bytes_pushed=self._bytes_pushed,
             num_not_finite=self._num_not_finite,
-            seed=self._seed,
-            is_paused=self._paused,
+            seed=pool.seed,
+            is_paused=pool.is_paused,
         )
 
     def queue_info(self) -> QueueInfo:
         """Return how many frames wait in each worker's queues."""
-        self._check_started()
-        info = self._communicator.get_queue_info()
-        queued = tuple(self._flow.num_queued_of(key) for key in sorted(self._communicator.channels))
-        return QueueInfo(
-            num_workers=info.num_workers,
-            max_queue_size=info.max_queue_size,
-            experience_queue_sizes=queued,
-            model_queue_sizes=info.model_queue_sizes,
-            control_queue_sizes=info.control_queue_sizes,
-        )
+        pool = self._started()
+        return pool.communicator.get_queue_info(pool.flow.num_queued_of)
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Every slot, by worker id."""
-        if self._state is _State.NEW:
-            return ()
-        return tuple(
-            self._worker_info(worker_id)
-            for worker_id in sorted(self._supervisor.slots)
-            if worker_id < self._num_workers or not self._supervisor.is_closed(worker_id)
-        )
-
-    def _worker_info(self, worker_id: int) -> WorkerInfo:
-        slot = self._supervisor.slots[worker_id]
-        running = self._supervisor.running(worker_id)
-        channel = self._communicator.channels.get(worker_id)
-        has_process = running is not None and running.handle is not None and channel is not None
-        status = channel.status if has_process and channel is not None else None
-        return WorkerInfo(
-            worker_id=worker_id,
-            incarnation=slot.incarnation,
-            pid=running.handle.pid if running is not None and running.handle is not None else None,
-            state=slot.status.value,
-            phase=status.phase.name.lower() if status is not None else "",
-            device=self._devices[min(worker_id, len(self._devices) - 1)],
-            weights_version=status.version if status is not None else 0,
-            experiences=status.committed if status is not None else 0,
-            num_failures=len(slot.failures),
-        )
+        return self._pool.workers() if self._pool is not None else ()
 
     @property
     def incidents(self) -> Sequence[Incident]:
         """Every failure so far, oldest first."""
-        return tuple(self._supervisor.incidents) if self._state is not _State.NEW else ()
+        return tuple(self._pool.supervisor.incidents) if self._pool is not None else ()
 
     @property
     def is_healthy(self) -> bool:
         """Whether the pool is running and every wanted slot has a ready worker."""
-        return self._state is _State.RUNNING and len(self._ready) == self._num_workers
+        pool = self._pool
+        return (
+            pool is not None
+            and self._state is _State.RUNNING
+            and len(pool.ready) == pool.num_workers
+        )
 
     def events(self) -> EventStream:
         """Iterate over events from now on: ``async for event in manager.events()``.
@@ -589,7 +465,11 @@ class ParallelManager:
             stream.close()
         return stream
 
-    def _publish(self, event: events.Event) -> None:
+    def publish_update(self, event: UpdateCompleted) -> None:
+        """Tell observers and event streams that an update of ``run`` was completed."""
+        self._publish(event)
+
+    def _publish(self, event: Event) -> None:
         for stream in list(self._streams):
             stream.push(event)
         self._observers.on_event(event)
@@ -642,144 +522,30 @@ class ParallelManager:
 
     # states
 
-    def _check_loop(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
-            raise ManagerStateError(
-                "this manager belongs to another event loop; use it in the loop that started it "
-                "(asyncio.run_coroutine_threadsafe from other threads)"
-            )
-
-    def _check_started(self) -> None:
-        if self._state is _State.NEW or self._loop is None:
+    def _started(self, *, any_loop: bool = False) -> Pool:
+        """Return the pool of a manager that was started, in the loop that started it."""
+        if self._pool is None:
             raise ManagerStateError(
                 "this manager is not started; use 'async with manager', 'await manager.start()' "
                 "or 'await manager.run()'"
             )
+        if not any_loop and self._loop is not asyncio.get_running_loop():
+            raise ManagerStateError(
+                "this manager belongs to another event loop; use it in the loop that started it "
+                "(asyncio.run_coroutine_threadsafe from other threads)"
+            )
+        return self._pool
 
-    def _check_usable(self) -> None:
-        self._check_started()
-        self._check_loop()
-        self._raise_failure()
+    def _usable(self) -> Pool:
+        """Return the pool of a manager that is running."""
+        pool = self._started()
+        pool.raise_failure()
         if self._state not in (_State.RUNNING, _State.STARTING):
             raise ManagerStateError(f"this manager is {self._state}; make a new one")
+        return pool
 
-    def _is_over(self) -> bool:
-        return self._stop_requested or self._supervisor.failure is not None
-
-    def _raise_failure(self) -> None:
-        if self._state is not _State.NEW and self._supervisor.failure is not None:
-            raise self._supervisor.failure
-
-    # what workers say
-
-    def _on_arrival(self, arrival: Arrival) -> None:
-        self._flow.arrived(arrival)
-
-    def _on_ready(self, channel: Channel) -> None:
-        worker_id = channel.worker_id
-        self._supervisor.readied(worker_id, channel.incarnation)
-        if self._supervisor.is_ready(worker_id):
-            self._ready[worker_id] = channel
-            channel.is_paused = self._paused
-            self._flow.became_ready(channel)
-
-    def _on_trouble(self, channel: Channel, what: str, may_be_dying: bool) -> None:
-        if may_be_dying:
-            self._supervisor.doubt(channel.worker_id, what)
-        else:
-            self._supervisor.condemn(channel.worker_id, ExitCause.PROTOCOL, what)
-
-
-class _Crew:
-    """What the supervisor asks of the manager."""
-
-    def __init__(self, manager: ParallelManager) -> None:
-        self._manager = manager
-
-    async def launch(self, worker_id: int, incarnation: int) -> ProcessHandle:
-        manager, config = self._manager, self._manager.config
-        communicator = manager._communicator
-        channel = communicator.renew(worker_id)
-        channel.incarnation = incarnation
-        endpoints = communicator.endpoints(worker_id)
-        channel.send(
-            messages.Hello(
-                factory=manager._factory,
-                worker_id=worker_id,
-                incarnation=incarnation,
-                num_workers=manager._num_workers,
-                seed=worker_seed(manager._seed, worker_id, incarnation),
-                device=manager._devices[worker_id],
-                weights_version=communicator.weights_version,
-                threads=config.threads_per_worker,
-                slots=config.max_queue_size,
-                paused=manager._paused,
-                max_experiences=config.max_experiences_per_worker,
-                max_rss=config.max_worker_rss,
-            )
-        )
-        try:
-            return await manager._backend.start(endpoints, f"keisei-worker-{worker_id}")
-        finally:
-            if config.backend != "inline":
-                endpoints.close()
-
-    def abort_launch(self) -> None:
-        self._manager._backend.abort_starts()
-
-    def status(self, worker_id: int) -> StatusLine:
-        return self._manager._communicator.channels[worker_id].status
-
-    def owes(self, worker_id: int) -> bool:
-        return self._manager._communicator.channels[worker_id].owes
-
-    def ask_to_stop(self, worker_id: int) -> bool:
-        channel = self._manager._communicator.channels[worker_id]
-        return self._manager._send(channel, messages.Stop())
-
-    def read_last_words(self, worker_id: int) -> LastWords:
-        manager = self._manager
-        manager._ready.pop(worker_id, None)
-        channel = manager._communicator.channels.get(worker_id)
-        return channel.read_last_words() if channel is not None else LastWords()
-
-    def withdraw_weights(self, version: int, incident: Incident) -> None:
-        manager = self._manager
-        if manager.weights_version != version:
-            return  # the publisher has pushed better ones already
-        replacement = manager._communicator.revert_weights()
-        manager._poisoned = PoisonedWeights(
-            f"weights version {version} was withdrawn after the workers that applied it failed; "
-            f"version {replacement} holds the previous weights again; last: {incident.summary}",
-            version,
-            replacement,
-        )
-        manager._flow.pushed()
-
-    def on_lost(self, worker_id: int, incident: Incident | None) -> None:
-        manager = self._manager
-        channel = manager._communicator.channels.get(worker_id)
-        if channel is not None:
-            what = incident.summary if incident is not None else "it has ended"
-            exitcode = incident.exitcode if incident is not None else 0
-            trace = incident.traceback if incident is not None else None
-            channel.lose(
-                WorkerLost(
-                    f"worker {worker_id} was lost: {what}",
-                    worker_id,
-                    channel.incarnation,
-                    exitcode,
-                    trace,
-                )
-            )
-
-    def on_escalated(self, error: Exception) -> None:
-        self._manager._flow.wake()
-
-    def on_slot_closed(self, worker_id: int) -> None:
-        manager = self._manager
-        manager._communicator.remove(worker_id)
-        manager._flow.closed(worker_id)
+    def _is_over(self, pool: Pool) -> bool:
+        return self._stop_requested or pool.supervisor.failure is not None
 
 
 async def _outcome(task: asyncio.Task[None]) -> None:

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from keisei import events
 from keisei.events import Incident
 from keisei.supervision.shutdown import to_completion
@@ -19,6 +17,8 @@ from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.model_sync import ModelSynchronizer
 
 if TYPE_CHECKING:
+    import torch
+
     from keisei.training.parallel.parallel_manager import ParallelManager
 
 
@@ -105,7 +105,7 @@ class TrainingLoop:
                 await self._manager.push_weights(self._learner.state_dict())
             before = time.monotonic()
             while (reason := self._reason_to_end()) is None:
-                batches = await self._manager._next_update(
+                batches = await self._manager.collect_update(
                     self._steps_per_update, self._seconds_left()
                 )
                 if not batches:
@@ -130,7 +130,7 @@ class TrainingLoop:
             await self._manager.push_weights(self._learner.state_dict())
             self._synchronizer.mark_sync_completed(self._updates)
         stats = self._manager.stats()
-        self._manager._publish(
+        self._manager.publish_update(
             events.UpdateCompleted(
                 update=self._updates,
                 num_steps=self._steps,
