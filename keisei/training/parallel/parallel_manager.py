@@ -465,6 +465,14 @@ class ParallelManager:
             stream.close()
         return stream
 
+    def add_observer(self, observer: Observer) -> None:
+        """Pass events on to ``observer`` too, from the next one on.
+
+        Raises:
+            TypeError: It has no ``on_event``.
+        """
+        self._observers.add(observer)
+
     def publish_update(self, event: UpdateCompleted) -> None:
         """Tell observers and event streams that an update of ``run`` was completed."""
         self._publish(event)
