@@ -17,6 +17,7 @@ if os.name != "posix":
     )
 
 if TYPE_CHECKING:
+    from keisei.backends.local import warm_fork_server
     from keisei.config import ParallelConfig, RestartPolicy
     from keisei.events import Incident
     from keisei.exceptions import (
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         SerializationError,
         WeightsError,
         WorkerError,
-        WorkerFailed,
         WorkerLost,
         WorkerStartError,
     )
@@ -82,9 +82,9 @@ __all__ = [
     "WorkerCommunicator",
     "WorkerContext",
     "WorkerError",
-    "WorkerFailed",
     "WorkerLost",
     "WorkerStartError",
+    "warm_fork_server",
 ]
 
 _HOMES = {
@@ -101,6 +101,7 @@ _HOMES = {
     "Worker": "keisei.worker",
     "WorkerCommunicator": "keisei.training.parallel.communication",
     "WorkerContext": "keisei.worker",
+    "warm_fork_server": "keisei.backends.local",
 }
 
 

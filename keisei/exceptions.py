@@ -13,7 +13,6 @@
     ├── WorkerError                        something happened in, or to, one worker
     │   ├── WorkerStartError               it never became ready
     │   ├── WorkerLost                     its process ended while something was expected of it
-    │   ├── WorkerFailed                   a hook of the worker raised
     │   ├── CommandError                   it answered a command with an error
     │   └── CommandTimeout (TimeoutError)  it did not answer a command in time
     └── QueueError
@@ -165,10 +164,6 @@ class WorkerStartError(WorkerError):
 
 class WorkerLost(WorkerError):
     """A worker's process ended while something was expected of it."""
-
-
-class WorkerFailed(WorkerError):
-    """A hook of the worker raised, or returned what cannot be delivered."""
 
 
 class CommandError(WorkerError):

@@ -23,6 +23,8 @@ from keisei.ipc.status import Phase
 from keisei.ipc.weights import WeightsReader
 from keisei.worker import Experience, Worker, WorkerContext
 
+_RSS_MASK = 63
+"""The peak memory is noted at one experience of 64: asking costs as much as sending a frame."""
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -184,11 +186,16 @@ class WorkerRuntime:
                 info=dict(experience.info or {}),
                 seed=self._hello.seed,
             )
-            payload = serialize.dumps(frame, "Experience.info")
+            payload = (
+                serialize.dumps(frame, "Experience.info")
+                if experience.info
+                else serialize.frame(frame)
+            )
         except (TypeError, SerializationError) as error:
             raise HookFailed(Phase.COLLECT, error) from error
         self._status.committed += 1
-        self._status.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        if self._status.committed & _RSS_MASK == 1:
+            self._status.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         await self._ends.experience.put(payload, fds=fds)
         if fds:
             self._ring.told()
@@ -212,9 +219,7 @@ class WorkerRuntime:
             model = self._worker.model
             if type(self._worker).load_weights is not Worker.load_weights:
                 tensors, version = weights.read()
-                await self._call(
-                    Phase.LOAD_WEIGHTS, self._worker.load_weights, tensors, version
-                )
+                await self._call(Phase.LOAD_WEIGHTS, self._worker.load_weights, tensors, version)
             elif model is not None:
                 version = await self._call(Phase.LOAD_WEIGHTS, self._fill, model, weights)
             else:
@@ -268,9 +273,7 @@ class WorkerRuntime:
             if command.name == "reset":
                 value = await self._call(Phase.COMMAND, self._worker.reset)
             else:
-                value = await self._call(
-                    Phase.COMMAND, self._worker.on_command, command.name, data
-                )
+                value = await self._call(Phase.COMMAND, self._worker.on_command, command.name, data)
             reply = messages.Reply(
                 command.sequence, serialize.dumps(value, f"the reply to command {command.name!r}")
             )
@@ -313,7 +316,7 @@ class WorkerRuntime:
                 self._status.enter(Phase.IDLE)
 
     async def _tell(self, message: Any) -> None:
-        await self._ends.reply.put(serialize.dumps(message))
+        await self._ends.reply.put(serialize.frame(message))
 
     async def _tell_failure(self, failure: HookFailed) -> None:
         await self._tell(

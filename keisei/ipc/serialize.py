@@ -43,6 +43,10 @@ class _Pickler(pickle.Pickler):
         return _rebuild_tensor, (raw, str(dense.dtype).removeprefix("torch."), tuple(dense.shape))
 
 
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+"""Types of which nothing inside could be a tensor."""
+
+
 def dumps(value: Any, what: str = "value") -> bytes:
     """Pickle ``value``, tensors as plain bytes.
 
@@ -53,6 +57,8 @@ def dumps(value: Any, what: str = "value") -> bytes:
     Raises:
         SerializationError: If it cannot be pickled, whatever its ``__reduce__`` raised.
     """
+    if type(value) in _PLAIN:
+        return pickle.dumps(value, PROTOCOL)
     buffer = io.BytesIO()
     try:
         _Pickler(buffer, PROTOCOL).dump(value)
@@ -62,6 +68,11 @@ def dumps(value: Any, what: str = "value") -> bytes:
         reason = f"{type(error).__name__}: {error}"
         raise SerializationError(f"{what} cannot be pickled ({reason})") from error
     return buffer.getvalue()
+
+
+def frame(message: tuple[Any, ...]) -> bytes:
+    """Pickle a message of our own that holds plain values only."""
+    return pickle.dumps(message, PROTOCOL)
 
 
 def loads(data: bytes | bytearray | memoryview, what: str = "value") -> Any:

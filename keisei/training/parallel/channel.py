@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
     CommandError,
+    CommandTimeout,
     QueueBroken,
     QueueClosed,
     QueueEnded,
+    QueueTimeout,
     QueueWouldBlock,
     SerializationError,
     WorkerError,
@@ -26,6 +28,8 @@ from keisei.supervision.exits import LastWords
 from keisei.training.parallel.batch import ExperienceBatch
 
 E = TypeVar("E")
+
+_REMEMBERED = 256
 
 
 class Arrival(NamedTuple):
@@ -115,7 +119,7 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Send a control frame; raises ``QueueWouldBlock`` or ``QueueEnded``."""
-        self.control.put_nowait(message)
+        _held(self.control.writer).put_nowait(serialize.frame(message))
 
     def grant(self, credits: int) -> None:
         """Allow the worker to collect ``credits`` more experiences."""
@@ -126,7 +130,7 @@ class Channel:
     def announce(self, message: Any, fd: int | None = None) -> None:
         """Send a frame about weights; raises ``QueueWouldBlock`` or ``QueueEnded``."""
         fds = [] if fd is None else [fd]
-        _held(self.model.writer).put_nowait(serialize.dumps(message), fds)
+        _held(self.model.writer).put_nowait(serialize.frame(message), fds)
 
     @property
     def outstanding(self) -> int:
@@ -139,28 +143,57 @@ class Channel:
         collecting = self.outstanding > 0 and not self.is_paused
         return bool(collecting or self._pending or self._applying)
 
-    async def request(self, sequence: int, name: str, message: Any) -> Any:
+    async def request(self, sequence: int, name: str, message: Any, timeout: float) -> Any:
         """Send a control frame and wait for its answer.
 
         Safe to cancel: a late answer is dropped.
 
         Raises:
             CommandError: The worker answered with an error.
+            CommandTimeout: It did not answer within ``timeout`` seconds.
             WorkerLost: It died before it answered.
         """
         if self._lost is not None:
             raise _copy(self._lost)
-        future = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        # Not asyncio.timeout: this path is every command's, and a bare timer is a third of it.
+        timer = loop.call_later(timeout, self._expire, future, name, timeout)
         self._pending[sequence] = (name, future)
-        self._commands[sequence] = name
+        self._remember(sequence, name)
         try:
             # A worker that is dying has its cause told by the supervisor, through the future.
             with contextlib.suppress(QueueEnded):
-                await self.control.put(message)
+                await self._send_in_time(serialize.frame(message), timeout)
             return await future
         finally:
+            timer.cancel()
             self._pending.pop(sequence, None)
-            self._commands = {s: n for s, n in self._commands.items() if s >= sequence - 8}
+
+    async def _send_in_time(self, payload: bytes, timeout: float) -> None:
+        writer = _held(self.control.writer)
+        try:
+            writer.put_nowait(payload)
+        except QueueWouldBlock:
+            with contextlib.suppress(QueueTimeout):
+                await writer.put(payload, timeout=timeout)
+
+    def _expire(self, future: asyncio.Future[Any], name: str, timeout: float) -> None:
+        if not future.done():
+            future.set_exception(
+                CommandTimeout(
+                    f"worker {self.worker_id} did not answer {name!r} within {timeout:g} s; it is "
+                    f"in {self.phase.name.lower()}",
+                    self.worker_id,
+                    self.incarnation,
+                )
+            )
+
+    def _remember(self, sequence: int, name: str) -> None:
+        """Keep the names of the last commands, for an incident to tell."""
+        self._commands[sequence] = name
+        if len(self._commands) > _REMEMBERED:
+            del self._commands[next(iter(self._commands))]
 
     def expect_applied(self, version: int) -> asyncio.Future[int]:
         """Return a future of the version, this or a newer one, that the worker acknowledges.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -199,23 +199,12 @@ class WorkerCommunicator:
             raise ValueError(f"no such worker: {unknown}; there are {sorted(self.channels)}")
         limit = self.timeout if timeout is None else timeout
 
-        async def ask(channel: Channel) -> Any:
-            try:
-                async with asyncio.timeout(limit):
-                    return await channel.request(sequence, name, message)
-            except TimeoutError:
-                raise CommandTimeout(
-                    f"worker {channel.worker_id} did not answer {name!r} within {limit:g} s; it is "
-                    f"in {channel.phase.name.lower()}",
-                    channel.worker_id,
-                    channel.incarnation,
-                ) from None
+        def ask(worker_id: int) -> Coroutine[Any, Any, Any]:
+            return self.channels[worker_id].request(sequence, name, message, limit)
 
         if len(chosen) == 1:
-            return {chosen[0]: await ask(self.channels[chosen[0]])}
-        answers = await asyncio.gather(
-            *(ask(self.channels[worker_id]) for worker_id in chosen), return_exceptions=True
-        )
+            return {chosen[0]: await ask(chosen[0])}
+        answers = await asyncio.gather(*map(ask, chosen), return_exceptions=True)
         return _replies(dict(zip(chosen, answers, strict=True)))
 
     # weights

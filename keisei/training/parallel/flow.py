@@ -114,7 +114,11 @@ class Flow:
         if self._paces():
             self.top_up()
         elif self._config.mode == "async" and (channel := self._ready.get(worker_id)) is not None:
-            self._grant(channel, self._room_of(channel))
+            room = self._room_of(channel)
+            # While a worker has work for a while, room is told in twos and more: each telling
+            # costs a system call and may wake the worker up.
+            if channel.outstanding == 0 or 2 * room >= self._config.max_queue_size:
+                self._grant(channel, room)
 
     def _room_of(self, channel: Channel) -> int:
         """Return how many more experiences a worker may collect."""
