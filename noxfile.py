@@ -12,6 +12,8 @@ import nox
 TORCH = "torch==2.13.0"
 
 nox.needs_version = ">=2025.2.9"
+# What the benchmarks compare with. One that cannot be installed is told as a row of the table.
+PEERS = ("torchrl", "tensordict", "stable-baselines3", "ray[rllib]")
 # pip, not uv, is the installer: it honours the user's own pip configuration.
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
@@ -77,6 +79,31 @@ def examples(session: nox.Session) -> None:
         # A file without the guard is a module that the examples import, such as their workers.
         if '__name__ == "__main__"' in example.read_text(encoding="utf-8"):
             session.run("python", f"examples/{example.name}", "--smoke", *session.posargs)
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Verify every batch of pools under the chaos monkey; ``-- --minutes N``, 10 by default."""
+    install(session)
+    session.run("python", "tests/soak.py", *session.posargs)
+
+
+@nox.session(default=False)
+def stress(session: nox.Session) -> None:
+    """Repeat every race a hundred times: the tests marked ``stress``."""
+    install(session, "test")
+    env = {"KEISEI_TEST_INSTALLED": "1"}
+    session.run("pytest", "-m", "stress", "--timeout=900", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure keisei beside its peers in one run; ``-- --quick`` takes three minutes."""
+    install(session)
+    for peer in PEERS:
+        # torch is named again, so that no peer brings another build of it.
+        session.install(TORCH, peer, success_codes=[0, 1])
+    session.run("python", "-m", "benchmarks", *session.posargs)
 
 
 @nox.session(default=False)

@@ -1,0 +1,1 @@
+"""Keisei and its peers measured side by side: ``python -m benchmarks --help``."""

@@ -1,0 +1,61 @@
+"""Throughput with inference: two workers of 8 CartPoles, actor and critic of 2x64."""
+
+from __future__ import annotations
+
+from benchmarks.cases import Throughput
+from benchmarks.plan import OURS, Measurement, System
+from benchmarks.systems import (
+    BARE,
+    LEARNER,
+    QUEUE,
+    RAY,
+    RLLIB,
+    STEPS,
+    TORCHRL,
+    TORCHRL_ASYNC,
+    TORCHRL_SYNC,
+)
+from benchmarks.targets import Target, ahead_of, of_limit
+
+OWN = "keisei, its own ActorCritic"
+CASE = "2 x 8 environments"
+TARGETS = (
+    Target(
+        "ahead of the better TorchRL collector",
+        ahead_of(TORCHRL, "steps_per_s", [CASE]),
+        at_least=4.5,
+    ),
+    Target("ahead of RLlib env runners", ahead_of([RLLIB], "steps_per_s", [CASE]), at_least=3),
+    Target(
+        "of bare loops that do the same inference",
+        of_limit(BARE, "steps_per_s", [CASE]),
+        at_least=0.9,
+    ),
+)
+SYSTEMS = (
+    System(BARE, "limit", "limits.bare_loops:throughput"),
+    System(OURS, "ours", "ours.data:throughput_gymnasium"),
+    System(OWN, "ours", "ours.data:throughput_own_policy"),
+    System(TORCHRL_SYNC, "peer", "peers.torchrl_collectors:throughput_sync"),
+    System(TORCHRL_ASYNC, "peer", "peers.torchrl_collectors:throughput_async"),
+    System(RLLIB, "peer", "peers.rllib_runners:throughput"),
+    System(RAY, "peer", "peers.ray_actors:throughput"),
+    System(QUEUE, "peer", "peers.multiprocessing_queue:throughput"),
+)
+
+
+def measurement(quick: bool) -> Measurement:
+    """Return the measurement."""
+    case = Throughput(work="cartpole+mlp", envs=8)
+    if quick:
+        case = Throughput(work="cartpole+mlp", envs=8, seconds=1.0, warmup=0.3)
+    return Measurement(
+        name="cartpole_mlp",
+        title="Experience throughput with inference, CartPole-v1",
+        metrics=(STEPS, LEARNER),
+        cases={CASE: case},
+        systems=SYSTEMS,
+        quick_systems=(BARE, OURS, TORCHRL_ASYNC, RLLIB),
+        targets=TARGETS,
+        timeout=90,
+    )

@@ -1,0 +1,1 @@
+"""Keisei's side of every measurement, written against its public contract only."""
