@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 PAGE = mmap.PAGESIZE
 
@@ -36,7 +38,7 @@ def create(size: int, name: str = "keisei") -> tuple[int, mmap.mmap]:
             os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)
-        return fd, mmap.mmap(fd, size)
+        return fd, _mapped(fd, size)
     except BaseException:
         os.close(fd)
         raise
@@ -45,9 +47,15 @@ def create(size: int, name: str = "keisei") -> tuple[int, mmap.mmap]:
 def attach(fd: int) -> mmap.mmap:
     """Map memory received from another process; takes ``fd`` over and closes it."""
     try:
-        return mmap.mmap(fd, os.fstat(fd).st_size)
+        return _mapped(fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
+
+
+def _mapped(fd: int, size: int) -> mmap.mmap:
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(fd, size, trackfd=False)
+    return mmap.mmap(fd, size)  # keeps a copy of the descriptor as long as it lives
 
 
 def anonymous_file(name: str) -> int:
@@ -55,5 +63,5 @@ def anonymous_file(name: str) -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name, os.MFD_CLOEXEC)
     fd, path = tempfile.mkstemp(prefix=f"{name}-")
-    os.unlink(path)
+    Path(path).unlink()
     return fd

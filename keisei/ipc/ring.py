@@ -4,11 +4,14 @@ A worker owns segments of anonymous shared memory, each with slots of one size. 
 in the segment itself, one byte each: the worker sets BUSY when it writes, the application sets
 FREE when the last tensor on the slot is gone. Neither ever waits for the other: a worker that
 finds no free slot makes another segment. How far it runs ahead is bounded by credits, not here.
+A segment whose slots have become too small is RETIRED once all of them are free, and the
+application lets go of it too.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import weakref
@@ -19,13 +22,16 @@ from typing import Any, NamedTuple
 import torch
 
 from keisei.ipc import memory
-from keisei.ipc.layout import Layout, dtype_name
+from keisei.ipc.layout import ALIGNMENT, Layout
 from keisei.ipc.memory import PAGE, round_up
 
 FREE, BUSY = 0, 1
 _HEADROOM = 5 / 4
 _FREE_STATE = bytes([FREE])
 _STATES = PAGE
+_MAX_SLOTS = _STATES - 1
+_RETIRED = _MAX_SLOTS
+"""The last byte of the states' page says whether the segment is retired."""
 
 
 class Place(NamedTuple):
@@ -45,12 +51,19 @@ class _Segment:
         self.slots = slots
         self.stride = stride
         self.fd, self.map = memory.create(_STATES + slots * stride, "keisei-experience")
-        self.views: dict[int, tuple[Layout, list[Any], list[Any]]] = {}
+        self.views: dict[int, tuple[Layout, list[torch.Tensor]]] = {}
         self.told = False
 
     def free_slot(self) -> int:
         """Return a free slot, or -1."""
         return self.map.find(_FREE_STATE, 0, self.slots)
+
+    def retire(self) -> bool:
+        """Tell the application that nothing will come here any more; not while it holds a slot."""
+        if BUSY in self.map[: self.slots]:
+            return False
+        self.map[_RETIRED] = 1
+        return True
 
 
 class RingWriter:
@@ -58,7 +71,7 @@ class RingWriter:
 
     def __init__(self, slots: int) -> None:
         """Start with segments of ``slots`` slots; memory is made at the first experience."""
-        self._slots = min(slots, _STATES)
+        self._slots = min(slots, _MAX_SLOTS)
         self._segments: list[_Segment] = []
         self._next_number = 0
         self._signature: list[tuple[str, Any, Any]] = []
@@ -82,19 +95,16 @@ class RingWriter:
             TypeError: Something in ``data`` cannot be shared; names the key and the type.
             OSError: There is no memory for another segment.
         """
-        signature = [(name, value.dtype, value.shape) for name, value in _checked(data)]
+        items = _checked(data)
+        signature = [(name, value.dtype, value.shape) for name, value in items]
         if signature != self._signature:
             self._layout = Layout.of(
                 (name, _torch_dtype(name, dtype), tuple(shape)) for name, dtype, shape in signature
             )
             self._signature = signature
         segment, slot = self._claim(self._layout.nbytes)
-        _, tensors, arrays = self._views(segment, slot)
-        for target, array, value in zip(tensors, arrays, data.values(), strict=True):
-            if isinstance(value, torch.Tensor):
-                target.copy_(value.detach())
-            elif array is not None:
-                array[...] = value
+        for target, (name, value) in zip(self._views(segment, slot), items, strict=True):
+            _copy(target, name, value)
         segment.map[slot] = BUSY
         place = Place(segment.number, slot, segment.stride, self._layout)
         return place, [] if segment.told else [segment.fd]
@@ -114,50 +124,59 @@ class RingWriter:
     def _claim(self, nbytes: int) -> tuple[_Segment, int]:
         """Find a free slot, newest segment first; drop segments too small that are free."""
         fitting = [segment for segment in self._segments if segment.stride >= nbytes]
+        if len(fitting) < len(self._segments):
+            self._segments = [
+                segment
+                for segment in self._segments
+                if segment.stride >= nbytes or not segment.retire()
+            ]
         for segment in reversed(fitting):
             slot = segment.free_slot()
             if slot >= 0:
                 return segment, slot
-        self._segments = [
-            segment
-            for segment in self._segments
-            if segment.stride >= nbytes or BUSY in segment.map[: segment.slots]
-        ]
-        held = sum(segment.slots for segment in fitting)
-        segment = self._grow(nbytes, max(self._slots, held) if held else self._slots)
-        return segment, 0
+        return self._grow(nbytes, max(self._slots, sum(segment.slots for segment in fitting))), 0
 
     def _grow(self, nbytes: int, slots: int) -> _Segment:
-        grown = nbytes if not self._segments else int(nbytes * _HEADROOM)
         if self._segments and self._segments[-1].stride >= nbytes:
-            grown = self._segments[-1].stride
-        stride = round_up(grown, PAGE if grown >= PAGE else 64)
-        segment = _Segment(self._next_number, min(slots, _STATES), stride)
+            stride = self._segments[-1].stride
+        else:
+            # The first experience tells the size; a larger one says that sizes vary.
+            grown = int(nbytes * _HEADROOM) if self._next_number else nbytes
+            stride = round_up(grown, PAGE if grown >= PAGE else ALIGNMENT)
+        segment = _Segment(self._next_number, min(slots, _MAX_SLOTS), stride)
         self._next_number += 1
         self._segments.append(segment)
         return segment
 
-    def _views(self, segment: _Segment, slot: int) -> tuple[Layout, list[Any], list[Any]]:
+    def _views(self, segment: _Segment, slot: int) -> list[torch.Tensor]:
         cached = segment.views.get(slot)
         if cached is None or cached[0] is not self._layout:
-            tensors = list(
-                self._layout.views(segment.map, _STATES + slot * segment.stride).values()
-            )
-            has_numpy = "numpy" in sys.modules
-            arrays = [_array(view) if has_numpy else None for view in tensors]
-            cached = segment.views[slot] = (self._layout, tensors, arrays)
-        return cached
+            views = self._layout.views(segment.map, _STATES + slot * segment.stride)
+            cached = segment.views[slot] = (self._layout, list(views.values()))
+        return cached[1]
 
 
 class RingReader:
     """The application's side: wraps slots as tensors, without a copy."""
 
     def __init__(self) -> None:
-        self._maps: dict[int, Any] = {}
+        self._maps: dict[int, mmap.mmap] = {}
 
     def add(self, segment: int, fd: int) -> None:
         """Map a segment that a frame brought; takes ``fd`` over."""
         self._maps[segment] = memory.attach(fd)
+
+    def check(self, place: Place) -> None:
+        """Look whether a place that a frame names is one that was shared.
+
+        Raises:
+            IndexError: It is not.
+        """
+        shared = self._maps.get(place.segment)
+        end = _STATES + (place.slot + 1) * place.stride
+        fits = 0 <= place.slot < _MAX_SLOTS and place.layout.nbytes <= place.stride
+        if shared is None or not fits or end > len(shared):
+            raise IndexError(f"slot {place.slot} of segment {place.segment} was never shared")
 
     def slot(self, place: Place) -> ctypes.Array[Any]:
         """Return a buffer on the slot; the slot is free again when nothing refers to it.
@@ -165,9 +184,14 @@ class RingReader:
         Every tensor built on the buffer keeps it alive. Safe to drop in any thread.
         """
         shared = self._maps[place.segment]
-        buffer = _buffer_type(place.stride).from_buffer(
-            shared, _STATES + place.slot * place.stride
-        )
+        if len(self._maps) > 1:
+            self._maps = {
+                number: segment
+                for number, segment in self._maps.items()
+                if number == place.segment or not segment[_RETIRED]
+            }
+        kind = _buffer_type(place.stride)
+        buffer: ctypes.Array[Any] = kind.from_buffer(shared, _STATES + place.slot * place.stride)
         weakref.finalize(buffer, shared.__setitem__, place.slot, FREE).atexit = False
         return buffer
 
@@ -182,12 +206,16 @@ def _buffer_type(nbytes: int) -> Any:
     return type("SlotBuffer", (ctypes.c_ubyte * nbytes,), {})
 
 
-def _array(view: torch.Tensor) -> Any:
-    """Return ``view`` as a NumPy array, or ``None`` for dtypes that NumPy has not."""
-    try:
-        return view.numpy()
-    except TypeError:
-        return None
+def _copy(target: torch.Tensor, name: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        try:
+            target.copy_(value.detach())
+        except NotImplementedError as error:
+            raise TypeError(
+                f"experience[{name!r}] is a {value.dtype} tensor, which torch cannot copy"
+            ) from error
+    else:
+        target.numpy()[...] = value  # NumPy's copy: it knows strides and byte orders of any kind
 
 
 def _checked(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -202,9 +230,10 @@ def _checked(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if not isinstance(name, str):
             raise TypeError(f"experience keys must be strings, not {name!r} ({_kind(name)})")
         if isinstance(value, torch.Tensor):
-            if value.layout is not torch.strided or value.is_quantized:
-                raise TypeError(f"experience[{name!r}] is a {value.layout} tensor; make it dense")
-            if value.device.type == "meta":
+            kind = _special_kind(value)
+            if kind:
+                raise TypeError(f"experience[{name!r}] is a {kind} tensor; make it dense")
+            if value.is_meta:
                 raise TypeError(f"experience[{name!r}] is on the meta device and has no values")
         elif numpy is None or not isinstance(value, numpy.ndarray):
             raise TypeError(
@@ -214,6 +243,12 @@ def _checked(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return list(data.items())
 
 
+def _special_kind(tensor: torch.Tensor) -> str:
+    if tensor.is_nested or tensor.is_quantized:
+        return "nested" if tensor.is_nested else "quantized"
+    return "" if tensor.layout is torch.strided else str(tensor.layout)
+
+
 def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
@@ -221,13 +256,14 @@ def _kind(value: Any) -> str:
 def _torch_dtype(name: str, dtype: Any) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    kind = getattr(torch, {"bool": "bool"}.get(dtype.name, dtype.name), None)
-    if not isinstance(kind, torch.dtype):
+    try:
+        empty = sys.modules["numpy"].empty(0, dtype.newbyteorder("="))
+        return torch.from_numpy(empty).dtype
+    except TypeError as error:
         raise TypeError(
             f"experience[{name!r}] is an array of dtype {dtype}, which torch has not; "
             "convert it first"
-        )
-    return kind
+        ) from error
 
 
-__all__ = ["BUSY", "FREE", "Place", "RingReader", "RingWriter", "dtype_name"]
+__all__ = ["BUSY", "FREE", "Place", "RingReader", "RingWriter"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+import traceback
 from typing import Any
 
 from keisei.exceptions import SerializationError
@@ -27,6 +28,12 @@ def _rebuild_tensor(raw: bytearray, dtype: str, shape: tuple[int, ...]) -> Any:
     return torch.frombuffer(raw, dtype=torch.uint8).view(kind).view(shape)
 
 
+def _rebuild_parameter(data: Any, requires_grad: bool) -> Any:
+    import torch
+
+    return torch.nn.Parameter(data, requires_grad)
+
+
 class _Pickler(pickle.Pickler):
     """Tensors as bytes; everything else as usual."""
 
@@ -34,9 +41,11 @@ class _Pickler(pickle.Pickler):
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(obj, torch.Tensor):
             return NotImplemented
+        if type(obj) is torch.nn.Parameter:
+            return _rebuild_parameter, (obj.detach(), obj.requires_grad)
         if obj.layout is not torch.strided or obj.is_quantized:
             raise SerializationError(f"a {obj.layout} tensor cannot travel; make it dense first")
-        dense = obj.detach().to("cpu").contiguous()
+        dense = obj.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
         raw = bytearray(dense.numel() * dense.element_size())
         if raw:
             torch.frombuffer(raw, dtype=torch.uint8).copy_(dense.reshape(-1).view(torch.uint8))
@@ -51,7 +60,8 @@ def dumps(value: Any, what: str = "value") -> bytes:
     """Pickle ``value``, tensors as plain bytes.
 
     Args:
-        value: Anything picklable; tensors of any device and dtype are copied.
+        value: Anything picklable. Tensors of any device and dtype are copied; they arrive on
+            the CPU, contiguous and without a graph. Parameters stay parameters.
         what: Names the value in the error.
 
     Raises:
@@ -65,9 +75,14 @@ def dumps(value: Any, what: str = "value") -> bytes:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         raise SerializationError(f"{what} cannot be pickled ({reason})") from error
     return buffer.getvalue()
+
+
+def _reason(error: BaseException) -> str:
+    """Say what ``error`` says, also of a class whose ``__str__`` raises."""
+    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def frame(message: tuple[Any, ...]) -> bytes:
@@ -86,7 +101,7 @@ def loads(data: bytes | bytearray | memoryview, what: str = "value") -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         raise SerializationError(f"{what} cannot be unpickled ({reason})") from error
 
 

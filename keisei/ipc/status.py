@@ -7,6 +7,7 @@ incident can tell what was lost.
 from __future__ import annotations
 
 import enum
+import os
 import time
 
 from keisei.ipc import memory
@@ -112,3 +113,9 @@ class StatusLine:
     @command.setter
     def command(self, sequence: int) -> None:
         self._words[_COMMANDS] = sequence
+
+    def close(self) -> None:
+        """Close the descriptor of a line that was made here; what it says stays readable."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -11,8 +11,8 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
@@ -104,9 +104,16 @@ class WeightsPublisher:
         return version
 
     def revert(self) -> int:
-        """Publish the weights before the newest again, as a new version, which is returned."""
+        """Publish the weights before the newest again, as a new version, which is returned.
+
+        Raises:
+            WeightsError: There are none, or a ``publish`` that failed has overwritten them.
+        """
         words = self._arena.words
         version = self._arena.latest + 1
+        before = version - BUFFERS
+        if before < 1 or words[_STAMPS + version % BUFFERS] != before:
+            raise WeightsError("there are no weights before the newest ones to go back to")
         words[_STAMPS + version % BUFFERS] = version
         _fence()
         words[_LATEST] = version
@@ -141,30 +148,31 @@ class WeightsReader:
         """Copy the newest weights into ``targets`` and return their version.
 
         Until this returns, ``targets`` may hold a mixture that nobody must use.
+
+        Raises:
+            WeightsError: None were published yet.
         """
         with torch.no_grad():
-            for version, views in self._attempts():
-                for name, view in views.items():
+            while True:
+                version = self._arena.latest
+                if not version:
+                    raise WeightsError("no weights were published yet")
+                _fence()
+                for name, view in self._arena.views[version % BUFFERS].items():
                     targets[name].copy_(view)
-                if self._is_whole(version):
+                _fence()
+                if self._arena.words[_STAMPS + version % BUFFERS] == version:
                     return version
-        raise AssertionError("unreachable: attempts never end")
 
     def read(self) -> tuple[dict[str, torch.Tensor], int]:
-        """Return a copy of the newest weights, the caller's own, and their version."""
+        """Return a copy of the newest weights, the caller's own, and their version.
+
+        Raises:
+            WeightsError: None were published yet.
+        """
         weights = {name: torch.empty_like(view) for name, view in self._arena.views[0].items()}
         version = self.read_into(weights)
         return weights, version
-
-    def _attempts(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        while True:
-            version = self._arena.latest
-            _fence()
-            yield version, self._arena.views[version % BUFFERS]
-
-    def _is_whole(self, version: int) -> bool:
-        _fence()
-        return self._arena.words[_STAMPS + version % BUFFERS] == version
 
 
 class HasStateDict(Protocol):
@@ -181,14 +189,18 @@ def tensors_of(source: HasStateDict | Mapping[str, torch.Tensor]) -> dict[str, t
     Raises:
         WeightsError: It holds something that is not a dense tensor, or nothing.
     """
-    state = source if isinstance(source, Mapping) else source.state_dict()
-    bad = [
-        f"{name} is a {type(value).__qualname__}"
-        for name, value in state.items()
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided
-    ]
+    state: Mapping[str, Any] = source if isinstance(source, Mapping) else source.state_dict()
+    bad = [f"{name} is {flaw}" for name, value in state.items() if (flaw := _flaw(value))]
     if bad:
         raise WeightsError("weights must be dense tensors: " + "; ".join(bad))
     if not state:
         raise WeightsError("weights must hold at least one tensor; this state dict is empty")
     return dict(state)
+
+
+def _flaw(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__qualname__}"
+    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+        return "a nested, quantized or sparse tensor"
+    return "on the meta device and has no values" if value.is_meta else ""

@@ -1,0 +1,293 @@
+"""The receiving end of a queue between two processes: whole frames, and credits back."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import mmap
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from keisei.exceptions import (
+    QueueBroken,
+    QueueClosed,
+    QueueEnded,
+    QueueError,
+    QueueTimeout,
+    QueueWouldBlock,
+)
+from keisei.ipc import wire
+from keisei.ipc.watch import Watch, deadline_after
+
+Acknowledge = Literal["each", "manual"]
+
+_INT = array.array("i").itemsize
+_FD_SPACE = socket.CMSG_SPACE(wire.MAX_FDS * _INT)
+
+
+class FrameReader:
+    """The receiving end: one process, one event loop.
+
+    A frame is a writable buffer of its own and the descriptors that came with it, which the
+    receiver of the frame owns.
+
+    Attributes:
+        taken: Frames taken so far.
+    """
+
+    def __init__(self, sock: socket.socket, acknowledge: Acknowledge = "each") -> None:
+        """Take ``sock`` over.
+
+        Args:
+            sock: One end of a socket pair.
+            acknowledge: "each" grants one credit for each frame taken; with "manual" the owner
+                grants credits by itself.
+        """
+        sock.setblocking(False)
+        self._sock = sock
+        self._acknowledge = acknowledge
+        self._owed = 0
+        self._frames: deque[tuple[memoryview, list[int]]] = deque()
+        self._fds: deque[int] = deque()
+        self._head = bytearray()
+        self._body: memoryview | None = None
+        self._body_fds: list[int] = []
+        self._filled = 0
+        self._end: QueueError | None = None
+        self._closed = False
+        self._hearing = False
+        self.taken = 0
+        self._arrived = Watch(sock.fileno(), writing=False, work=self._arrive)
+        self._tellable = Watch(sock.fileno(), writing=True, work=self._tell)
+
+    @property
+    def ended(self) -> QueueError | None:
+        """Why no more frames will arrive, or ``None``."""
+        return self._end
+
+    def get_nowait(self) -> tuple[memoryview, list[int]]:
+        """Take the next frame.
+
+        Raises:
+            QueueWouldBlock: No whole frame is here.
+            QueueEnded: The writer closed its end after its last frame.
+            QueueBroken: The writer died in the middle of a frame, or this process could not
+                receive one.
+            QueueClosed: This end was closed.
+        """
+        if self._closed:
+            raise QueueClosed("get on a queue whose reading end was closed")
+        if not self._frames and not self._hearing:
+            self.pump()
+        if self._frames:
+            frame = self._frames.popleft()
+            self.taken += 1
+            if self._acknowledge == "each":
+                self._owed += 1
+                if not self._hearing:
+                    self.grant(0)
+            return frame
+        if self._end is not None:
+            raise type(self._end)(*self._end.args)
+        raise QueueWouldBlock("the queue is empty")
+
+    async def get(self, timeout: float | None = None) -> tuple[memoryview, list[int]]:
+        """Wait for the next frame.
+
+        Safe to cancel: a frame is either returned or stays in the queue.
+
+        Raises:
+            QueueTimeout: No frame arrived in ``timeout`` seconds; the queue stays usable.
+            QueueEnded: The writer closed its end after its last frame.
+            QueueBroken: The writer died in the middle of a frame, or this process could not
+                receive one.
+            QueueClosed: This end was closed.
+        """
+        deadline = deadline_after(timeout)
+        while True:
+            try:
+                return self.get_nowait()
+            except QueueWouldBlock:
+                pass
+            if not await self._arrived.wait(deadline):
+                raise QueueTimeout(f"nothing arrived in the queue for {timeout} s")
+
+    def listen(self, on_arrival: Callable[[], None]) -> None:
+        """Call ``on_arrival`` in the running loop when frames are here, and once at the end.
+
+        The callee takes frames with ``get_nowait`` until it raises. For those who have no task to
+        wake for each frame.
+        """
+
+        def heard() -> None:
+            if self._closed or not (self._frames or self._end is not None):
+                return
+            # What came since is the next event's, so that the loop turns; and one telling of
+            # credits is enough for all that is taken now.
+            self._hearing = True
+            try:
+                on_arrival()
+            finally:
+                self._hearing = False
+                self.grant(0)
+
+        if self._end is None:
+            self._arrived.listen(heard)
+        if self._frames or self._end is not None:
+            asyncio.get_running_loop().call_soon(heard)
+
+    def grant(self, credits: int) -> None:
+        """Let the writer send ``credits`` more frames; what cannot be told now is told later."""
+        self._owed += credits
+        if self._tell():
+            self._tellable.begin()
+
+    def _tell(self) -> bool:
+        """Tell the writer what it is owed; return whether that must wait."""
+        if self._owed and not self._closed:
+            try:
+                self._sock.send(wire.CREDIT.pack(self._owed), wire.SEND_FLAGS)
+            except BlockingIOError:
+                return True
+            except OSError:
+                pass  # the writer is gone; reading to the end tells so
+        self._owed = 0
+        return False
+
+    def drain(self) -> None:
+        """Read all that a writer, which is dead by now, has left."""
+        while self._end is None and self._receive(wire.SHARE)[0]:
+            pass
+
+    def pump(self) -> bool:
+        """Read what has arrived, up to a share that keeps the loop responsive.
+
+        Returns:
+            Whether everything was read: nothing more has arrived.
+        """
+        share = wire.SHARE
+        while share > 0 and self._end is None:
+            count, is_cut = self._receive(max(share, wire.CHUNK))
+            share -= count
+            if count < wire.CHUNK and not is_cut:
+                return True
+        return self._end is not None
+
+    def _arrive(self) -> bool:
+        self.pump()
+        if self._end is not None:
+            self._arrived.stop()  # there would be no end of events
+        return False
+
+    def _receive(self, limit: int) -> tuple[int, bool]:
+        """Read once.
+
+        Returns:
+            How many bytes came, and whether descriptors may have cut the reading short.
+        """
+        body, data, is_cut = self._body, b"", False
+        try:
+            if body is not None and len(body) - self._filled > wire.CHUNK:
+                count = self._sock.recv_into(body[self._filled :][:limit])
+                self._filled += count
+            else:
+                data, ancillary, _, _ = self._sock.recvmsg(wire.CHUNK, _FD_SPACE, wire.RECV_FLAGS)
+                count, is_cut = len(data), bool(ancillary)
+                for level, kind, rights in ancillary:
+                    if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                        self._fds.extend(array.array("i", rights[: len(rights) // _INT * _INT]))
+        except BlockingIOError:
+            return 0, False
+        except OSError:
+            count = 0  # reset by a writer that had not read its credits
+        if count == 0:
+            self._finish()
+        elif data:
+            self._parse(memoryview(data))
+        else:
+            self._complete()
+        return count, is_cut
+
+    def _parse(self, data: memoryview) -> None:
+        while data and self._end is None:
+            if self._body is None:
+                take = wire.HEADER.size - len(self._head)
+                self._head += data[:take]
+                data = data[take:]
+                if len(self._head) < wire.HEADER.size:
+                    return
+                (head,) = wire.HEADER.unpack(self._head)
+                self._head.clear()
+                self._begin(head & wire.LENGTH_MASK, head >> wire.LENGTH_BITS)
+            else:
+                part = data[: len(self._body) - self._filled]
+                self._body[self._filled : self._filled + len(part)] = part
+                self._filled += len(part)
+                data = data[len(part) :]
+                self._complete()
+
+    def _begin(self, nbytes: int, num_fds: int) -> None:
+        """Begin a frame; its descriptors came with its first byte."""
+        if num_fds > len(self._fds):
+            self._end = QueueBroken("descriptors were lost on the way: too many are open here")
+            return
+        try:
+            # A large bytearray would be cleared at once, for longer than a loop may wait.
+            is_large = nbytes > wire.SHARE
+            body = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE) if is_large else bytearray(nbytes)
+        except (MemoryError, OSError):
+            self._end = QueueBroken(f"there is no memory for a frame of {nbytes} bytes")
+            return
+        self._body = memoryview(body)
+        self._body_fds = [self._fds.popleft() for _ in range(num_fds)]
+        self._filled = 0
+        self._complete()
+
+    def _complete(self) -> None:
+        if self._body is not None and self._filled == len(self._body):
+            self._frames.append((self._body, self._body_fds))
+            self._body, self._body_fds = None, []
+
+    def _finish(self) -> None:
+        if self._body is not None or self._head:
+            self._end = QueueBroken("the writer died in the middle of a frame")
+        else:
+            self._end = QueueEnded("the writer closed its end after its last frame")
+
+    def qsize(self) -> int:
+        """Return how many whole frames have arrived and were not taken."""
+        if not self._closed:
+            self.pump()
+        return len(self._frames)
+
+    def detach(self) -> int:
+        """Give the descriptor away, to another process; this object is closed.
+
+        Raises:
+            QueueError: Something was read here, which the new owner would miss.
+        """
+        if self.taken or self._frames or self._body is not None or self._head:
+            raise QueueError("a reading end that was used cannot be given to another process")
+        self._release()
+        return self._sock.detach()
+
+    def close(self) -> None:
+        """Close this end and everything that was received but not taken."""
+        if not self._closed:
+            self._release()
+            self._sock.close()
+
+    def _release(self) -> None:
+        self._closed = True
+        self._arrived.stop()
+        self._tellable.stop()
+        for _, fds in self._frames:
+            self._fds.extend(fds)
+        self._fds.extend(self._body_fds)
+        self._frames.clear()
+        self._body, self._body_fds = None, []
+        while self._fds:
+            os.close(self._fds.popleft())

@@ -1,0 +1,243 @@
+"""The sending end of a queue between two processes: whole frames, as far as credits go."""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from keisei.exceptions import QueueClosed, QueueEnded, QueueError, QueueTimeout, QueueWouldBlock
+from keisei.ipc import wire
+from keisei.ipc.watch import Watch, deadline_after
+
+_CREDITS_AT_ONCE = 1024
+_UNHEARD = 64
+
+
+class FrameWriter:
+    """The sending end: one process, one event loop, whole frames in order.
+
+    Attributes:
+        sent: Frames accepted so far.
+        acknowledged: Frames that the reader has taken, or credits that it has granted.
+    """
+
+    def __init__(self, sock: socket.socket, credit: int | None) -> None:
+        """Take ``sock`` over; ``credit`` frames may be sent at first, ``None`` sets no bound."""
+        sock.setblocking(False)
+        self._sock = sock
+        self._bound = credit
+        self._unsent: deque[memoryview] = deque()
+        self._ended: QueueEnded | None = None
+        self._closed = False
+        self.sent = 0
+        self.acknowledged = 0
+        self._credited = Watch(sock.fileno(), writing=False, work=self._hear)
+        self._drained = Watch(sock.fileno(), writing=True, work=self._flush)
+
+    @property
+    def credit(self) -> int | None:
+        """Frames that may be sent now, without reading new credits; ``None`` is no bound."""
+        return None if self._bound is None else self._bound + self.acknowledged - self.sent
+
+    @property
+    def closed(self) -> bool:
+        """Whether this end was closed or given away."""
+        return self._closed
+
+    def refresh(self) -> int | None:
+        """Read the credits that have arrived and return ``credit``.
+
+        Raises:
+            QueueEnded: The reader is gone.
+            QueueClosed: This end was closed.
+        """
+        if not self._closed:
+            self._refill()
+        self._check()
+        return self.credit
+
+    def put_nowait(self, payload: bytes | memoryview, fds: Sequence[int] = ()) -> None:
+        """Send one frame, with copies of ``fds``, or nothing at all.
+
+        What the operating system does not take at once is sent by the running loop, so do not
+        alter ``payload`` afterwards.
+
+        Raises:
+            QueueWouldBlock: The queue is full; or the operating system's buffer is, and nothing
+                may wait here for it: a frame with descriptors, or one of a queue without a bound.
+            QueueEnded: The reader is gone.
+            QueueClosed: This end was closed.
+            OSError: ``fds`` cannot be passed.
+            ValueError: ``fds`` are too many for one frame.
+        """
+        self._check()
+        self._flush()
+        if self._bound is None:
+            if self.sent % _UNHEARD == _UNHEARD - 1:
+                self._refill()  # nobody waits for these credits, but they must not pile up
+        elif self.credit == 0:
+            self._refill()
+        self._check()
+        if self.credit == 0:
+            raise QueueWouldBlock("the queue is full")
+        if len(fds) > wire.MAX_FDS:
+            raise ValueError(f"a frame carries up to {wire.MAX_FDS} descriptors, not {len(fds)}")
+        body = memoryview(payload).cast("B")
+        header = wire.HEADER.pack(len(body) | len(fds) << wire.LENGTH_BITS)
+        done = 0 if self._unsent else self._send((header, body[: wire.SHARE]), fds)
+        if not done and (fds or self._bound is None):
+            raise QueueWouldBlock("the frames before are still on their way")
+        self.sent += 1
+        rest = memoryview(header)[done:], body[max(0, done - len(header)) :]
+        self._unsent.extend(part for part in rest if part)
+        if self._unsent:
+            self._drained.begin()
+
+    def _send(self, parts: Sequence[bytes | memoryview], fds: Sequence[int]) -> int:
+        """Return how many bytes the operating system takes."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else ()
+        try:
+            return self._sock.sendmsg(parts, rights, wire.SEND_FLAGS)
+        except BlockingIOError:
+            return 0
+        except ConnectionError as error:
+            raise self._end(error) from error
+
+    async def put(
+        self, payload: bytes | memoryview, *, fds: Sequence[int] = (), timeout: float | None = None
+    ) -> None:
+        """Send one frame as soon as there is room; do not alter ``payload`` afterwards.
+
+        Safe to cancel: the frame is either accepted whole or not at all.
+
+        Raises:
+            QueueTimeout: There was no room in ``timeout`` seconds; nothing was sent.
+            QueueEnded: The reader is gone.
+            QueueClosed: This end was closed.
+            OSError: ``fds`` cannot be passed.
+            ValueError: ``fds`` are too many for one frame.
+        """
+        deadline = deadline_after(timeout)
+        while True:
+            try:
+                return self.put_nowait(payload, fds)
+            except QueueWouldBlock:
+                watch = self._credited if self.credit == 0 else self._drained
+            if not await watch.wait(deadline):
+                raise QueueTimeout(f"no room in the queue for {timeout} s")
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """Wait until the operating system has every byte that was put.
+
+        Safe to cancel: the rest is sent by the running loop.
+
+        Raises:
+            QueueTimeout: The reader did not make room in time.
+            QueueEnded: The reader is gone.
+            QueueClosed: This end was closed.
+        """
+        deadline = deadline_after(timeout)
+        while True:
+            self._flush()
+            self._check()
+            if not self._unsent:
+                return
+            if not await self._drained.wait(deadline):
+                raise QueueTimeout(f"the reader made no room for {timeout} s")
+
+    def _flush(self) -> bool:
+        """Send a share of what is unsent; return whether more is left."""
+        share = wire.SHARE
+        while self._unsent and share > 0:
+            part = self._unsent[0]
+            try:
+                done = self._sock.send(part[:share], wire.SEND_FLAGS)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._end(error)
+                break
+            share -= done
+            if done == len(part):
+                self._unsent.popleft()
+            else:
+                self._unsent[0] = part[done:]
+        return bool(self._unsent)
+
+    def _hear(self) -> bool:
+        self._refill()
+        if self._ended is not None:
+            self._credited.stop()  # there would be no end of events
+        return False
+
+    def _refill(self) -> None:
+        """Read all credits that have arrived."""
+        size = wire.CREDIT.size * _CREDITS_AT_ONCE
+        while self._ended is None:
+            try:
+                data = self._sock.recv(size)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._end(error)
+                break
+            if not data:
+                self._end(None)
+            # So small a number is sent whole or not at all, so whole numbers are read.
+            self.acknowledged += sum(n for (n,) in wire.CREDIT.iter_unpack(data))
+            if len(data) < size:
+                break
+
+    def _end(self, error: OSError | None) -> QueueEnded:
+        """Note that the reader is gone, and with it the reason to send anything."""
+        why = f" ({error.strerror})" if error is not None else ""
+        self._ended = QueueEnded(f"the reading end is closed{why}")
+        self._unsent.clear()
+        return self._ended
+
+    def _check(self) -> None:
+        if self._closed:
+            raise QueueClosed("put on a queue whose writing end was closed")
+        if self._ended is not None:
+            raise QueueEnded(*self._ended.args)
+
+    def qsize(self) -> int:
+        """Return how many frames the reader has not taken yet; 0 when either end is closed.
+
+        Meaningless where the reader's owner grants the credits by hand.
+        """
+        if not self._closed:
+            self._refill()
+        return self.sent - self.acknowledged if not self._closed and self._ended is None else 0
+
+    def watch_credit(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` in the running loop when credits arrive, and once if the reader goes."""
+        self._credited.listen(wake)
+
+    def detach(self) -> int:
+        """Give the descriptor away, to another process; this object is closed.
+
+        Raises:
+            QueueError: Frames were sent from here; the new owner could not know of them.
+        """
+        if self.sent:
+            raise QueueError("a writing end that was used cannot be given to another process")
+        self._release()
+        return self._sock.detach()
+
+    def close(self) -> None:
+        """Close this end; the reader reads what was sent and then the end.
+
+        A frame that was still on its way is lost (``QueueBroken``): ``flush`` first.
+        """
+        if not self._closed:
+            self._release()
+            self._sock.close()
+
+    def _release(self) -> None:
+        self._closed = True
+        self._unsent.clear()
+        self._credited.stop()
+        self._drained.stop()

@@ -1,0 +1,80 @@
+"""Learners, observers and processes of ``test_parallel_system.py``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+
+from keisei.backends.local import LocalBackend
+from keisei.ipc import messages
+from keisei.supervision.process import ProcessHandle
+from keisei.training.parallel.batch import ExperienceBatch
+from keisei.training.parallel.communication import WorkerCommunicator
+from keisei.training.parallel.factory import pickle_factory
+
+
+class RecordingLearner:
+    """Adds one to every weight with each update and keeps what it was given."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.updates: list[list[ExperienceBatch]] = []
+
+    def learn(self, batches: list[ExperienceBatch]) -> dict[str, float]:
+        self.updates.append([batch.clone() for batch in batches])
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(1)
+        return {"updates": float(len(self.updates))}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.model.state_dict()
+
+
+@asynccontextmanager
+async def worker_processes(
+    communicator: WorkerCommunicator, worker: Callable[[], Any]
+) -> AsyncIterator[list[ProcessHandle]]:
+    """Run a real process on the endpoints of each slot of a communicator, without a manager."""
+    factory = pickle_factory(worker)
+    backend = LocalBackend(
+        factory, start_method="forkserver", preload=None, max_concurrent_starts=2
+    )
+    await backend.open()
+    handles: list[ProcessHandle] = []
+    try:
+        for worker_id, channel in communicator.channels.items():
+            endpoints = communicator.endpoints(worker_id)
+            channel.send(hello(factory, worker_id, communicator))
+            handles.append(await backend.start(endpoints, f"worker-{worker_id}"))
+        yield handles
+    finally:
+        for handle in handles:
+            handle.kill()
+        await asyncio.gather(*(handle.wait() for handle in handles))
+        for handle in handles:
+            handle.close()
+        await communicator.cleanup()
+        await backend.aclose()
+
+
+def hello(factory: bytes, worker_id: int, communicator: WorkerCommunicator) -> messages.Hello:
+    """Say what a manager would say first."""
+    return messages.Hello(
+        factory=factory,
+        worker_id=worker_id,
+        incarnation=0,
+        num_workers=communicator.num_workers,
+        seed=worker_id,
+        device="cpu",
+        weights_version=0,
+        threads=1,
+        slots=communicator.max_queue_size,
+        paused=False,
+        max_experiences=None,
+        max_rss=None,
+    )
