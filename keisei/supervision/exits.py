@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from keisei.events import ExitCause, signal_name
 
+_ENDING_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}
+
 
 @dataclass(frozen=True, slots=True)
 class LastWords:
@@ -44,8 +46,8 @@ class Verdict:
     Attributes:
         cause: The kind of end.
         detail: One line of what is known beyond it.
-        raised: An exception of the user's code is the cause.
-        blames_weights: The weights that it had may be the cause.
+        raised: An exception is the cause, which a second try would only repeat.
+        blames_weights: The weights that it had, if it had any, may be the cause.
     """
 
     cause: ExitCause
@@ -71,13 +73,17 @@ def classify(
         ended_for: Why the supervisor killed it or asked it to end, if it did.
         launch_error: Why it could not be started at all.
     """
-    if launch_error is not None:
+    is_requested = ended_for is not None and ended_for[0] is ExitCause.REQUESTED
+    if launch_error is not None and not is_requested:
         what = f"{type(launch_error).__name__}: {launch_error}"
-        return Verdict(ExitCause.START_FAILED, f"the process could not be started ({what})")
+        detail = f"the process could not be started ({what})"
+        # What the system refuses now it may grant later; any other error only comes again.
+        is_final = not isinstance(launch_error, OSError)
+        return Verdict(ExitCause.START_FAILED, detail, raised=is_final)
     if words.failure:
         cause = ExitCause.USER_ERROR if was_ready else ExitCause.START_FAILED
-        return Verdict(cause, words.failure, raised=True, blames_weights=was_ready)
-    if ended_for is not None:
+        return Verdict(cause, words.failure, raised=True, blames_weights=True)
+    if ended_for is not None and not (is_requested and _crashed(exitcode)):
         cause, detail = ended_for
         return Verdict(cause, detail, blames_weights=cause is ExitCause.HANG)
     if words.said_goodbye and exitcode in (0, None):
@@ -85,15 +91,24 @@ def classify(
             return Verdict(ExitCause.RECYCLED, words.recycle)
         return Verdict(ExitCause.GOODBYE)
     if exitcode is None:
-        return Verdict(ExitCause.LOST, "another part of the application has reaped it")
+        return Verdict(
+            ExitCause.LOST,
+            "its exit code is unknown: another part of the application has reaped it, or the "
+            "fork server that could tell is gone",
+        )
     name = signal_name(exitcode)
     if name is not None:
         hint = _possible_oom(words) if exitcode == -signal.SIGKILL else name
-        external = exitcode in (-signal.SIGKILL, -signal.SIGTERM)
-        return Verdict(ExitCause.SIGNAL, hint, blames_weights=not external)
-    detail = f"it exited with code {exitcode} without saying goodbye"
+        return Verdict(ExitCause.SIGNAL, hint, blames_weights=_crashed(exitcode))
+    when = "after" if words.said_goodbye else "without"
+    detail = f"it exited with code {exitcode} {when} saying goodbye"
     cause = ExitCause.EXIT if was_ready else ExitCause.START_FAILED
-    return Verdict(cause, detail, blames_weights=was_ready)
+    return Verdict(cause, detail, blames_weights=True)
+
+
+def _crashed(exitcode: int | None) -> bool:
+    """Return whether a signal ended it that nobody sends to make a process end."""
+    return exitcode is not None and exitcode < 0 and -exitcode not in _ENDING_SIGNALS
 
 
 def _possible_oom(words: LastWords) -> str:

@@ -54,6 +54,9 @@ class Slot:
         failures: When it failed, within the restart window.
         in_a_row: Failures since its health was last proven.
         ready_since: When its process became ready; ``None`` while it is not.
+        is_restart: Its next process takes the place of one that ended by itself.
+        is_wanted_again: It was added again while its process was being ended; the next one
+            starts when that is gone.
     """
 
     status: SlotStatus = SlotStatus.WAITING
@@ -61,6 +64,8 @@ class Slot:
     failures: tuple[float, ...] = ()
     in_a_row: int = 0
     ready_since: float | None = None
+    is_restart: bool = False
+    is_wanted_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,9 @@ class Pool:
         failures: When any slot failed, within the restart window.
         was_complete: Every slot has been running at the same time once.
         is_stopping: No process is started any more.
-        deaths_by_version: Slots that failed on the newest weights version seen in a failure.
+        blamed_version: The newest weights version that may be to blame for a failure.
+        blamed_by: Slots that failed on it.
+        withdrawn: The newest version that was withdrawn.
     """
 
     policy: RestartPolicy = field(default_factory=RestartPolicy)
@@ -87,9 +94,9 @@ class Pool:
     failures: tuple[float, ...] = ()
     was_complete: bool = False
     is_stopping: bool = False
-    deaths_by_version: Mapping[int, frozenset[int]] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    blamed_version: int = 0
+    blamed_by: frozenset[int] = frozenset()
+    withdrawn: int = 0
 
     def with_slot(self, worker_id: int, slot: Slot) -> Pool:
         """Return a pool in which one slot is replaced."""
@@ -106,7 +113,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A slot was added."""
+    """A slot was added; one that was removed, given up or stopped may be added again."""
 
     worker_id: int
 
@@ -163,10 +170,11 @@ Happening = Added | Readied | Exited | Due | Removed | Stopping
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Start a process."""
+    """Start a process; ``is_restart`` if it takes the place of one that ended by itself."""
 
     worker_id: int
     incarnation: int
+    is_restart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ class GiveUp:
 
 @dataclass(frozen=True, slots=True)
 class Escalate:
-    """Stop the pool: a failure is beyond the policy."""
+    """Stop the pool, say ``Stopping``: a failure is beyond the policy."""
 
     worker_id: int
     reason: str
@@ -222,9 +230,7 @@ def step(pool: Pool, happening: Happening, now: float) -> tuple[Pool, list[Actio
     actions: list[Action] = []
     match happening:
         case Added(worker_id):
-            if not pool.is_stopping:
-                incarnation = pool.slots[worker_id].incarnation if worker_id in pool.slots else -1
-                pool = pool.with_slot(worker_id, Slot(incarnation=incarnation))
+            pool = _added(pool, worker_id)
         case Readied(worker_id, incarnation):
             slot = _current(pool, worker_id, incarnation, SlotStatus.STARTING)
             if slot is not None:
@@ -260,35 +266,54 @@ def _current(pool: Pool, worker_id: int, incarnation: int, status: SlotStatus) -
     return slot
 
 
+def _added(pool: Pool, worker_id: int) -> Pool:
+    slot = pool.slots.get(worker_id)
+    if pool.is_stopping:
+        return pool
+    if slot is None:
+        return pool.with_slot(worker_id, Slot())
+    if slot.status.is_terminal:
+        return pool.with_slot(worker_id, Slot(incarnation=slot.incarnation))
+    if slot.status is SlotStatus.ENDING:
+        return pool.with_slot(worker_id, replace(slot, is_wanted_again=True))
+    return pool
+
+
 def _fill(pool: Pool) -> tuple[Pool, list[Action]]:
     """Start waiting slots, lowest first, as far as the limit on simultaneous starts allows."""
+    if pool.is_stopping:
+        return pool, []
     starting = sum(slot.status is SlotStatus.STARTING for slot in pool.slots.values())
     actions: list[Action] = []
     for worker_id in sorted(pool.slots):
         slot = pool.slots[worker_id]
-        if pool.is_stopping or starting >= pool.policy.max_concurrent_starts:
+        if starting >= pool.policy.max_concurrent_starts:
             break
         if slot.status is SlotStatus.WAITING:
+            incarnation = slot.incarnation + 1
+            actions.append(Spawn(worker_id, incarnation, is_restart=slot.is_restart))
             slot = replace(
                 slot,
                 status=SlotStatus.STARTING,
-                incarnation=slot.incarnation + 1,
+                incarnation=incarnation,
                 ready_since=None,
+                is_restart=True,
             )
             pool = pool.with_slot(worker_id, slot)
-            actions.append(Spawn(worker_id, slot.incarnation))
             starting += 1
     return pool, actions
 
 
 def _end(pool: Pool, worker_id: int) -> tuple[Pool, list[Action]]:
     """Bring one slot towards its end."""
-    slot = pool.slots[worker_id]
+    slot = replace(pool.slots[worker_id], is_wanted_again=False)
+    actions: list[Action] = []
     if slot.status in (SlotStatus.STARTING, SlotStatus.RUNNING):
-        return pool.with_slot(worker_id, replace(slot, status=SlotStatus.ENDING)), [End(worker_id)]
-    if slot.status in (SlotStatus.WAITING, SlotStatus.BACKOFF):
-        return pool.with_slot(worker_id, replace(slot, status=SlotStatus.STOPPED)), []
-    return pool, []
+        slot = replace(slot, status=SlotStatus.ENDING)
+        actions.append(End(worker_id))
+    elif slot.status in (SlotStatus.WAITING, SlotStatus.BACKOFF):
+        slot = replace(slot, status=SlotStatus.STOPPED)
+    return pool.with_slot(worker_id, slot), actions
 
 
 def _exited(pool: Pool, exit_: Exited, now: float) -> tuple[Pool, list[Action]]:
@@ -297,7 +322,8 @@ def _exited(pool: Pool, exit_: Exited, now: float) -> tuple[Pool, list[Action]]:
     if slot is None or slot.incarnation != exit_.incarnation or not slot.status.has_process:
         return pool, []
     if slot.status is SlotStatus.ENDING or pool.is_stopping:
-        return pool.with_slot(worker_id, replace(slot, status=SlotStatus.STOPPED)), []
+        pool = pool.with_slot(worker_id, replace(slot, status=SlotStatus.STOPPED))
+        return (_added(pool, worker_id) if slot.is_wanted_again else pool), []
     if not exit_.cause.is_failure:
         # Nobody asked it to end for good: a recycled worker, or one that said goodbye by itself.
         return pool.with_slot(worker_id, replace(slot, status=SlotStatus.WAITING)), []
@@ -318,21 +344,15 @@ def _failed(pool: Pool, slot: Slot, exit_: Exited, now: float) -> tuple[Pool, li
     if poison:
         return _retry(pool, slot, exit_, delay=0.0, actions=poison)
     if exit_.raised and not pool.was_complete:
-        return _escalate(pool, slot, worker_id, "its first start failed")
-    if pool.degrade:
-        if len(slot.failures) <= policy.max_restarts:
-            return _retry(pool, slot, exit_, _backoff(policy, in_a_row, exit_.jitter), [])
-        pool = pool.with_slot(worker_id, replace(slot, status=SlotStatus.GIVEN_UP))
-        if pool.num_alive >= pool.min_workers:
-            return pool, [GiveUp(worker_id)]
-        reason = f"fewer than min_workers ({pool.min_workers}) slots are left"
-        return pool, [GiveUp(worker_id), Escalate(worker_id, reason)]
-    if len(pool.failures) > policy.max_restarts:
+        return _escalated(pool, worker_id, "its first start failed")
+    if not pool.degrade and len(pool.failures) > policy.max_restarts:
         reason = (
             f"more than {policy.max_restarts} failures in {policy.restart_window:g} s "
             "(restart.max_restarts, restart.restart_window)"
         )
-        return _escalate(pool, slot, worker_id, reason)
+        return _escalated(pool, worker_id, reason)
+    if pool.degrade and len(slot.failures) > policy.max_restarts:
+        return _given_up(pool, worker_id)
     return _retry(pool, slot, exit_, _backoff(policy, in_a_row, exit_.jitter), [])
 
 
@@ -345,8 +365,19 @@ def _retry(
     return pool, [*actions, Schedule(exit_.worker_id, exit_.incarnation, delay)]
 
 
-def _escalate(pool: Pool, slot: Slot, worker_id: int, reason: str) -> tuple[Pool, list[Action]]:
-    pool = pool.with_slot(worker_id, replace(slot, status=SlotStatus.GIVEN_UP))
+def _given_up(pool: Pool, worker_id: int) -> tuple[Pool, list[Action]]:
+    slot = replace(pool.slots[worker_id], status=SlotStatus.GIVEN_UP)
+    pool = pool.with_slot(worker_id, slot)
+    if pool.num_alive >= pool.min_workers:
+        return pool, [GiveUp(worker_id)]
+    reason = f"fewer than min_workers ({pool.min_workers}) slots are left"
+    pool, actions = _escalated(pool, worker_id, reason)
+    return pool, [GiveUp(worker_id), *actions]
+
+
+def _escalated(pool: Pool, worker_id: int, reason: str) -> tuple[Pool, list[Action]]:
+    slot = replace(pool.slots[worker_id], status=SlotStatus.GIVEN_UP)
+    pool = replace(pool.with_slot(worker_id, slot), is_stopping=True)
     return pool, [Escalate(worker_id, reason)]
 
 
@@ -368,11 +399,12 @@ def _backoff(policy: RestartPolicy, in_a_row: int, jitter: float) -> float:
 
 def _poisoned(pool: Pool, exit_: Exited) -> tuple[Pool, list[Action]]:
     """Count the distinct slots that failed on one version; withdraw it when they are too many."""
-    threshold = pool.poison_threshold
-    if threshold is None or exit_.version <= 1:
+    threshold, version = pool.poison_threshold, exit_.version
+    is_known = version <= pool.withdrawn or version < pool.blamed_version
+    if threshold is None or version <= 1 or is_known:
+        return pool, []  # nothing is before version 1, and only the newest can be withdrawn
+    others = pool.blamed_by if version == pool.blamed_version else frozenset()
+    pool = replace(pool, blamed_version=version, blamed_by=others | {exit_.worker_id})
+    if len(pool.blamed_by) < threshold:
         return pool, []
-    dead = pool.deaths_by_version.get(exit_.version, frozenset()) | {exit_.worker_id}
-    newest = {exit_.version: dead}
-    if len(dead) < threshold:
-        return replace(pool, deaths_by_version=MappingProxyType(newest)), []
-    return replace(pool, deaths_by_version=MappingProxyType({})), [Withdraw(exit_.version)]
+    return replace(pool, withdrawn=version), [Withdraw(version)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
@@ -31,27 +31,39 @@ async def end(
         grace: Seconds that it has for that. A quarter of them follows after SIGTERM.
         hurry: Shortens the rest of the grace to two seconds.
     """
-    if ask() and await _gone(handle, grace, hurry):
+    if ask() and await within(handle.wait(), grace, hurry):
         return True
     handle.terminate()
-    if await _gone(handle, grace / 4, hurry):
+    if await within(handle.wait(), grace / 4, hurry):
         return True
     handle.kill()
-    return await _gone(handle, KILL_GRACE, asyncio.Event())
+    return await within(handle.wait(), KILL_GRACE)
 
 
-async def _gone(handle: ProcessHandle, seconds: float, hurry: asyncio.Event) -> bool:
-    exit_ = asyncio.ensure_future(handle.wait())
-    hurried = asyncio.ensure_future(hurry.wait())
+async def within(
+    work: Awaitable[object], seconds: float, hurry: asyncio.Event | None = None
+) -> bool:
+    """Wait for ``work`` and return whether it was done within the grace; cancel it if not.
+
+    Args:
+        work: Something to wait for, whose outcome does not matter; shield what must go on.
+        seconds: The grace.
+        hurry: Shortens the rest of the grace to two seconds.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    waited_for = asyncio.ensure_future(work)
+    hurried = asyncio.ensure_future((hurry or asyncio.Event()).wait())
     try:
-        await asyncio.wait([exit_, hurried], timeout=seconds, return_when="FIRST_COMPLETED")
-        if not exit_.done() and hurried.done():
-            await asyncio.wait([exit_], timeout=min(seconds, HURRIED_GRACE))
-        return exit_.done()
+        await asyncio.wait([waited_for, hurried], timeout=seconds, return_when="FIRST_COMPLETED")
+        if not waited_for.done() and hurried.done():
+            rest = min(deadline - loop.time(), HURRIED_GRACE)
+            await asyncio.wait([waited_for], timeout=max(0.0, rest))
+        return waited_for.done()
     finally:
-        for task in (exit_, hurried):
+        for task in (waited_for, hurried):
             task.cancel()
-        await asyncio.gather(exit_, hurried, return_exceptions=True)
+        await asyncio.gather(waited_for, hurried, return_exceptions=True)
 
 
 async def to_completion(work: Coroutine[Any, Any, T]) -> T:

@@ -13,11 +13,19 @@ from typing import NamedTuple
 
 
 class Observation(NamedTuple):
-    """What is known about a worker at one moment."""
+    """What is known about a worker at one moment.
+
+    Attributes:
+        owes: It has something to do.
+        since: When it last moved.
+        deadline: Seconds without progress that make it hung.
+        is_idle: It is between two things, and has not begun the next.
+    """
 
     owes: bool
     since: float
     deadline: float
+    is_idle: bool = False
 
 
 class Staleness(NamedTuple):
@@ -78,16 +86,27 @@ class Watchdog:
         self._suspected = False
 
     def poke(self) -> None:
-        """Say that the worker may owe something from now on."""
-        if self._timer is None:
-            self._base, self._lag, self._suspected = self._clock(), 0.0, False
-            self._arm(self._observe().deadline / 2)
+        """Say that the worker has been given something to do.
+
+        One that had done everything before begins to owe now. One that is busy, or has not moved
+        since it was given something, has owed all along: no number of pokes keeps it alive.
+        """
+        now, seen = self._clock(), self._observe()
+        if self._timer is None or (seen.is_idle and seen.since > self._base):
+            self._begin_to_count(now)
+        look_at = max(now, self._base + seen.deadline / 2)
+        if self._timer is None or look_at < self._due:
+            self.close()
+            self._arm(look_at - now)
 
     def close(self) -> None:
         """Stop watching."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _begin_to_count(self, base: float) -> None:
+        self._base, self._lag, self._suspected = base, 0.0, False
 
     def _arm(self, delay: float) -> None:
         self._due = self._clock() + delay
@@ -100,9 +119,8 @@ class Watchdog:
         if not seen.owes:
             return
         if seen.since > self._base:
-            self._base, self._lag, self._suspected = seen.since, 0.0, False
-        else:
-            self._lag += max(0.0, now - self._due)
+            self._begin_to_count(seen.since)
+        self._lag += max(0.0, now - max(self._due, self._base))
         found = judge(self._base, now, seen.deadline, self._lag)
         if found.is_hung:
             self._on_hung(found.stale)
