@@ -7,13 +7,21 @@ is closed, which the kernel does whatever the process is doing at that moment.
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import fcntl
 import os
 import select
 import signal
 import sys
+from typing import NoReturn
 
 _F_SETSIG = 10
+
+STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
+"""Makes a worker write its stacks; chosen far from what applications use."""
+HELD_SIGNALS = {signal.SIGINT, STACKS_SIGNAL}
+"""Blocked from before a process exists until it can take them."""
 
 
 def lead_own_group() -> None:
@@ -22,6 +30,17 @@ def lead_own_group() -> None:
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def heed_signals(crash_fd: int) -> None:
+    """Write stacks into ``crash_fd`` on a crash or on request, and end on SIGTERM.
+
+    Whatever the application does with SIGTERM itself is inherited otherwise.
+    """
+    faulthandler.enable(file=crash_fd, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, file=crash_fd, all_threads=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL, signal.SIGTERM})
 
 
 def tie_to(lifeline: int) -> int:
@@ -64,6 +83,28 @@ def _watch_in_a_thread(lifeline: int) -> None:
     threading.Thread(target=watch, name="keisei-lifeline", daemon=True).start()
 
 
+def reap(pid: int | None, flag: int = os.WNOHANG) -> tuple[int, int]:
+    """Reap one child, or any that has ended; first end what is left of its process group.
+
+    Only until it is reaped can the number of its group be nobody else's.
+
+    Returns:
+        What ``os.waitpid`` does.
+
+    Raises:
+        ChildProcessError: There is no such child.
+    """
+    if hasattr(os, "waitid"):
+        kind, number = (os.P_ALL, 0) if pid is None else (os.P_PID, pid)
+        ended = os.waitid(kind, number, os.WEXITED | os.WNOWAIT | flag)
+        if ended is None:
+            return 0, 0
+        pid = ended.si_pid
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+    return os.waitpid(-1 if pid is None else pid, flag)
+
+
 class Inherited:
     """Descriptors that this process was started with, for the code that it runs."""
 
@@ -71,25 +112,61 @@ class Inherited:
 
 
 def run(data: int, fds: list[int], lifeline: int) -> int:
-    """Become the process that ``data``, a pipe, describes; return its exit code.
+    """Become the process that ``data``, a file, describes; return its exit code.
 
     Args:
         data: multiprocessing's preparation data and process object, pickled.
-        fds: Descriptors for the process object's code.
-        lifeline: The read end of the application's lifeline pipe.
+        fds: Descriptors for the process object's code; the last is the crash file.
+        lifeline: The read end of the application's lifeline pipe. To multiprocessing it is the
+            parent's sentinel.
     """
     from multiprocessing import spawn
 
     lead_own_group()
     tie_to(lifeline)
+    heed_signals(fds[-1])
     for fd in (lifeline, *fds):
         os.set_inheritable(fd, False)
     Inherited.fds = tuple(fds)
-    code: int = spawn._main(data, os.dup(data))  # type: ignore[attr-defined]
+    try:
+        code: int = spawn._main(data, lifeline)  # noqa: SLF001 - what "spawn" itself runs
+    except BaseException as error:  # noqa: BLE001 - SystemExit of a main script too
+        # Not an error of the worker: importing the main script, or what is to run, has failed.
+        from keisei.backends.process import tell_failure
+
+        tell_failure(error)
+        return 1
     return code
 
 
-def main(data: int, lifeline: int, fds: list[int], path: list[str]) -> None:
-    """Run a process in a fresh interpreter: the entry of the start method "spawn"."""
+def run_and_exit(data: int, fds: list[int], lifeline: int) -> NoReturn:
+    """Do as ``run``, and end the process with its exit code; never returns.
+
+    What multiprocessing does at the end is done by then. The interpreter is not torn down: that
+    takes longer than all the rest of an orderly end, and native libraries crash in it.
+    """
+    code = 1
+    try:
+        code = run(data, fds, lifeline)
+    except BaseException:  # noqa: BLE001 - there is nobody above to tell
+        sys.excepthook(*sys.exc_info())
+    finally:
+        flush()
+        os._exit(code)
+
+
+def flush() -> None:
+    """Write out what is in the buffers of the standard streams."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, replaced or missing: not ours to mend
+            stream.flush()
+
+
+def main(data: int, report: int, lifeline: int, fds: list[int], path: list[str]) -> None:
+    """Run a process in a fresh interpreter: the entry of the start method "spawn".
+
+    The end of ``report``, a pipe that nothing is written to, tells of the end of this process.
+    """
     sys.path[:] = path
-    sys.exit(run(data, fds, lifeline))
+    os.set_inheritable(report, False)
+    run_and_exit(data, fds, lifeline)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from keisei.ipc.queues import FrameReader, FrameWriter
 from keisei.ipc.status import StatusLine
 
+REPLY = 2
+"""The place of the reply queue among the descriptors."""
+
 
 @dataclass(slots=True)
 class WorkerEndpoints:
@@ -29,23 +32,27 @@ class WorkerEndpoints:
     status: StatusLine
 
     def detach(self) -> list[int]:
-        """Give all descriptors away, in the order that ``attach`` takes."""
-        fds = [
+        """Give all descriptors away, in the order that ``attach`` takes.
+
+        Raises:
+            OSError: There is no descriptor left; nothing was given away.
+        """
+        status = os.dup(self.status.fd)  # first, since it alone can fail
+        return [
             self.control.detach(),
             self.model.detach(),
             self.reply.detach(),
             self.experience.detach(),
-            os.dup(self.status.fd),
+            status,
         ]
-        return fds
 
     @classmethod
     def attach(cls, fds: list[int]) -> WorkerEndpoints:
         """Build the ends around descriptors from ``detach``, which are taken over."""
         control, model, reply, experience, status = fds
         return cls(
-            control=FrameReader(socket.socket(fileno=control), "batch"),
-            model=FrameReader(socket.socket(fileno=model), "each"),
+            control=FrameReader(socket.socket(fileno=control)),
+            model=FrameReader(socket.socket(fileno=model)),
             reply=FrameWriter(socket.socket(fileno=reply), None),
             experience=FrameWriter(socket.socket(fileno=experience), 0),
             status=StatusLine(status),

@@ -7,6 +7,8 @@ for as long as it runs, and a crash of native code ends the application.
 from __future__ import annotations
 
 import asyncio
+import signal
+import traceback
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import SharedProcess
@@ -37,8 +39,9 @@ class InlineProcess:
 
     def __init__(self, endpoints: WorkerEndpoints, name: str) -> None:
         runtime = WorkerRuntime(endpoints, SharedProcess())
-        self._endpoints = endpoints
         self._task = asyncio.get_running_loop().create_task(runtime.serve(), name=name)
+        # A task that is cancelled before its first step never gets to close them.
+        self._task.add_done_callback(lambda _: endpoints.close())
 
     @property
     def has_exited(self) -> bool:
@@ -46,9 +49,11 @@ class InlineProcess:
         return self._task.done()
 
     async def wait(self) -> int | None:
-        """Wait for the task's end; -9 stands for one that was cancelled."""
+        """Wait for the task's end; -9 stands for one that was cancelled, 1 for an error."""
         await asyncio.wait([self._task])
-        return -9 if self._task.cancelled() else self._task.result()
+        if self._task.cancelled():
+            return -signal.SIGKILL
+        return 1 if self._task.exception() is not None else self._task.result()
 
     def terminate(self) -> None:
         """Cancel the task."""
@@ -62,9 +67,13 @@ class InlineProcess:
         """A task that does not move is suspended; ``crash_report`` shows where."""
 
     def crash_report(self) -> str:
-        """Return where the task is suspended, or ""."""
-        frames = self._task.get_stack() if not self._task.done() else []
-        return "\n".join(f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in frames)
+        """Return where the task is suspended, or the error that ended it, or ""."""
+        if not self._task.done():
+            frames = self._task.get_stack()
+            lines = (f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in frames)
+            return "\n".join(lines)
+        error = None if self._task.cancelled() else self._task.exception()
+        return "" if error is None else "".join(traceback.format_exception(error))
 
     def state(self) -> str:
         """Return ""."""

@@ -7,6 +7,7 @@ as they would in processes, and the application's own state is never touched.
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 import types
@@ -14,6 +15,10 @@ from collections.abc import Awaitable, Generator
 from typing import Any, Protocol
 
 import torch
+
+if sys.modules.get("numpy") is not None:
+    # torch has brought it, but not its generators; seeding would import them in every worker.
+    importlib.import_module("numpy.random")
 
 
 class Isolation(Protocol):

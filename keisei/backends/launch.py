@@ -6,7 +6,9 @@ Everything here blocks for a moment and is called in threads.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
+import multiprocessing
 import os
 import signal
 import socket
@@ -15,10 +17,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import context, reduction, spawn, util
+from multiprocessing import connection, context, reduction, spawn, util
+from multiprocessing import process as mp_process
+from pathlib import Path
 from typing import Any
 
+from keisei.backends.child import HELD_SIGNALS, reap
 from keisei.backends.forkserver import LENGTH, NUMBER
+from keisei.ipc.memory import anonymous_file
 
 
 class _Lifeline:
@@ -37,6 +43,7 @@ class _Lifeline:
 
     def cut(self) -> None:
         """Kill every child that is tied to this process, as its own death would."""
+        self._lock = threading.Lock()  # in a forked process a thread that is gone may hold it
         ends, self._ends = self._ends, None
         if ends is not None:
             for fd in ends:
@@ -62,14 +69,14 @@ def _command(entry: str, *args: object) -> list[str]:
         f"import sys; sys.path[:] = {path!r}; "
         f"from {module} import {function}; {function}({arguments})"
     )
-    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001 - as "spawn" does
     return [os.fsdecode(spawn.get_executable()), *flags, "-c", code]
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Start a process with SIGINT blocked, until it has left this process group."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held() -> Iterator[None]:
+    """Start a process with signals blocked that it cannot take before it has prepared itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
     try:
         yield
     finally:
@@ -77,9 +84,30 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _spawn(command: list[str], fds: Sequence[int]) -> int:
-    with _without_interrupts():
-        pid: int = util.spawnv_passfds(command[0].encode(), command, list(fds))  # type: ignore[attr-defined]
+    with _signals_held():
+        pid: int = util.spawnv_passfds(command[0].encode(), command, list(fds))
     return pid
+
+
+@contextmanager
+def _closing(*fds: int) -> Iterator[None]:
+    """Close ``fds`` in the end."""
+    try:
+        yield
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@contextmanager
+def _closing_on_error(*fds: int) -> Iterator[None]:
+    """Close ``fds`` if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
 
 
 class ForkServer:
@@ -90,6 +118,9 @@ class ForkServer:
     """
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._users = 0
@@ -107,64 +138,76 @@ class ForkServer:
             if self._users == 0:
                 self._stop()
 
-    def fork(self, data: bytes, fds: Sequence[int], modules: Sequence[str]) -> tuple[int, int]:
+    def abort(self) -> None:
+        """End the server, whoever uses it; starts that are under way fail."""
+        with self._lock:
+            self._stop()
+
+    def forget(self) -> None:
+        """Let go of the server in a forked copy of the application: it is the original's."""
+        if self._socket is not None:
+            self._socket.close()
+        self._reset()
+
+    def fork(self, data: int, fds: Sequence[int], modules: Sequence[str]) -> tuple[int, int]:
         """Start a process; start the server first if it is not running.
 
         Args:
-            data: What the process reads first.
-            modules: What the server imports first, unless it has.
+            data: A file that the process reads first; the caller keeps its own.
             fds: Descriptors that it inherits; the caller keeps its own.
+            modules: What the server imports first, unless it has.
 
         Returns:
             The pid, and a descriptor from which the exit code can be read.
 
         Raises:
-            OSError: There is no room for a process, or the server is gone.
+            OSError: There is no room for a process, or the server has ended.
         """
-        with self._lock:
-            if self._socket is None:
-                self._start()
-            assert self._socket is not None
-            report, their_report = os.pipe()
-            their_data, data_end = os.pipe()
-            try:
-                names = " ".join(modules).encode()
-                request = LENGTH.pack(len(names)) + names
-                socket.send_fds(self._socket, [request], [their_data, their_report, *fds])
-            except OSError:
-                self._stop()
-                for fd in (report, data_end):
-                    os.close(fd)
-                raise
-            finally:
-                os.close(their_data)
-                os.close(their_report)
-        try:
-            _write_all(data_end, data)
+        names = " ".join(modules).encode()
+        request = LENGTH.pack(len(names)) + names
+        report, their_report = os.pipe()
+        with _closing_on_error(report):
+            with _closing(their_report):
+                asked = self._ask(request, [data, their_report, *fds])
             pid = _read_number(report)
             if pid is None:
-                with self._lock:
-                    self._stop()
+                self._end(asked)
                 raise ChildProcessError("the fork server ended while it was starting a process")
             if pid < 0:
                 raise OSError(-pid, os.strerror(-pid))
-        except BaseException:
-            os.close(report)
-            raise
         return pid, report
 
-    def _start(self) -> None:
+    def _ask(self, request: bytes, fds: Sequence[int]) -> socket.socket:
+        """Send a request, to a new server if there is none or it has died, and return whom."""
+        with self._lock:
+            if self._socket is not None:
+                try:
+                    socket.send_fds(self._socket, [request], fds)
+                except (BrokenPipeError, ConnectionResetError):
+                    self._stop()  # it had ended before it could hear of the request
+                else:
+                    return self._socket
+            self._socket = self._start()
+            socket.send_fds(self._socket, [request], fds)
+            return self._socket
+
+    def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
-        try:
-            end = lifeline.read_end()
-            command = _command("keisei.backends.forkserver.main", theirs.fileno(), end)
-            self.pid = _spawn(command, [theirs.fileno(), end])
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._socket = ours
+        with theirs:
+            try:
+                end = lifeline.read_end()
+                command = _command("keisei.backends.forkserver.main", theirs.fileno(), end)
+                self.pid = _spawn(command, [theirs.fileno(), end])
+            except BaseException:
+                ours.close()
+                raise
+        return ours
+
+    def _end(self, which: socket.socket) -> None:
+        """End the server behind ``which``, unless it has been replaced already."""
+        with self._lock:
+            if self._socket is which:
+                self._stop()
 
     def _stop(self) -> None:
         if self._socket is None or self.pid is None:
@@ -181,21 +224,19 @@ class ForkServer:
 
 server = ForkServer()
 """The one server of this process; not running until it is needed."""
-
-
-def _forget_server() -> None:
-    """A forked copy of the application must not talk to the original's server."""
-    global server
-    if server._socket is not None:
-        server._socket.close()
-    server = ForkServer()
-
-
-os.register_at_fork(after_in_child=_forget_server)
+os.register_at_fork(after_in_child=server.forget)
 
 
 class Launched:
-    """What multiprocessing calls a Popen: a started process, ours through any start method."""
+    """What multiprocessing calls a Popen: a started process, ours through any start method.
+
+    Attributes:
+        pid: Its process id.
+        sentinel: Readable once it has ended.
+        returncode: Its exit code once that was read; 255 also if nobody can know it.
+        is_lost: Nobody can know it.
+        is_abandoned: It cannot be killed; nobody shall wait for it.
+    """
 
     method = "keisei"
 
@@ -211,77 +252,60 @@ class Launched:
             with_main: Import the application's main script in the new process.
         """
         self.returncode: int | None = None
+        self.is_lost = False
+        self.is_abandoned = False
         self._lock = threading.Lock()
         self._forked = modules is not None
-        data = self._pickled(process, with_main)
-        if modules is not None:
-            self.pid, self.sentinel = server.fork(data, fds, modules)
-        else:
-            self.pid, self.sentinel = self._spawned(data, fds)
+        # A file, not a pipe: nobody waits for a process that does not come to read it.
+        data = anonymous_file("keisei-process")
+        with _closing(data):
+            with open(data, "wb", closefd=False) as stream:
+                stream.write(self._pickled(process, with_main))
+            os.lseek(data, 0, os.SEEK_SET)
+            if modules is not None:
+                self.pid, self.sentinel = server.fork(data, fds, modules)
+            else:
+                self.pid, self.sentinel = _spawn_worker(data, fds)
 
     def _pickled(self, process: Any, with_main: bool) -> bytes:
-        preparation = spawn.get_preparation_data(process.name)
-        preparation.pop("start_method", None)
-        if not with_main:
-            preparation.pop("init_main_from_name", None)
-            preparation.pop("init_main_from_path", None)
         buffer = io.BytesIO()
-        context.set_spawning_popen(self)
+        context.set_spawning_popen(self)  # type: ignore[arg-type]
         try:
-            reduction.dump(preparation, buffer)
+            reduction.dump(_preparation(process.name, with_main), buffer)
             reduction.dump(process, buffer)
         finally:
             context.set_spawning_popen(None)
         return buffer.getvalue()
 
-    @staticmethod
-    def _spawned(data: bytes, fds: Sequence[int]) -> tuple[int, int]:
-        """Start a fresh interpreter; the report pipe's end of file stands for the exit."""
-        report, their_report = os.pipe()
-        their_data, data_end = os.pipe()
-        try:
-            end = lifeline.read_end()
-            command = _command("keisei.backends.child.main", their_data, end, list(fds))
-            pid = _spawn(command, [their_data, their_report, end, *fds])
-        except BaseException:
-            os.close(report)
-            os.close(data_end)
-            raise
-        finally:
-            os.close(their_data)
-            os.close(their_report)
-        _write_all(data_end, data)
-        return pid, report
-
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """Return the exit code once the process has ended; 255 if nobody can know it."""
         with self._lock:
             if self.returncode is None:
-                self.returncode = self._reported(flag) if self._forked else self._waited(flag)
+                code = self._reported(flag) if self._forked else self._waited(flag)
+                self.is_lost = code is _LOST
+                self.returncode = 255 if code is _LOST else code
             return self.returncode
 
     def _reported(self, flag: int) -> int | None:
-        from multiprocessing.connection import wait
-
-        if not wait([self.sentinel], 0 if flag == os.WNOHANG else None):
+        if not connection.wait([self.sentinel], 0 if flag == os.WNOHANG else None):
             return None
         code = _read_number(self.sentinel)
-        return 255 if code is None else code
+        return _LOST if code is None else code
 
     def _waited(self, flag: int) -> int | None:
         try:
-            pid, status = os.waitpid(self.pid, flag)
+            pid, status = reap(self.pid, flag)
         except ChildProcessError:
-            return 255  # something else in the application has reaped it
+            return _LOST  # something else in the application has reaped it
         return os.waitstatus_to_exitcode(status) if pid == self.pid else None
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end; multiprocessing calls this at the interpreter's exit."""
-        if self.returncode is None and timeout is not None:
-            from multiprocessing.connection import wait
-
-            if not wait([self.sentinel], timeout):
-                return None
+        if self.is_abandoned:
+            timeout = 0.0
+        may_block = self.returncode is None and timeout is not None
+        if may_block and not connection.wait([self.sentinel], timeout):
+            return None
         return self.poll(os.WNOHANG if timeout == 0.0 else 0)
 
     def terminate(self) -> None:
@@ -294,32 +318,76 @@ class Launched:
 
     def _signal(self, number: signal.Signals) -> None:
         if self.returncode is None:
-            try:
+            # It may have ended in between, which is what the caller wants.
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-            except ProcessLookupError:
-                return  # it has ended in between, which is what the caller wants
 
     def close(self) -> None:
         """Close what tells of the exit."""
         os.close(self.sentinel)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    """Write ``data`` and close; a reader that has died is noticed elsewhere."""
-    try:
-        with open(fd, "wb") as stream:
-            stream.write(data)
-    except BrokenPipeError:
-        return
+_LOST = 1 << 16
+"""In place of an exit code: nobody can know it."""
+
+
+def _spawn_worker(data: int, fds: Sequence[int]) -> tuple[int, int]:
+    """Start a fresh interpreter; return its pid and a pipe that ends with it."""
+    report, their_report = os.pipe()
+    with _closing_on_error(report), _closing(their_report):
+        end = lifeline.read_end()
+        command = _command("keisei.backends.child.main", data, their_report, end, list(fds))
+        pid = _spawn(command, [data, their_report, end, *fds])
+    return pid, report
+
+
+def _preparation(name: str, with_main: bool) -> dict[str, Any]:
+    """Return what multiprocessing prepares a new process with.
+
+    Its own ``get_preparation_data`` settles the application's default start method for good.
+    """
+    current = mp_process.current_process()
+    start = _original_dir()
+    preparation = {
+        "name": name,
+        "authkey": current.authkey,
+        "sys_path": [start if path == "" else path for path in sys.path],
+        "sys_argv": sys.argv,
+        "dir": str(Path.cwd()),
+        "orig_dir": start,
+    }
+    method = multiprocessing.get_start_method(allow_none=True)
+    if method is not None:
+        preparation["start_method"] = method
+    if with_main:
+        preparation.update(_main_script())
+    return preparation
+
+
+def _original_dir() -> str:
+    """Return where the application was started: what "" in its path, and its script, refer to."""
+    return mp_process.ORIGINAL_DIR or ""  # type: ignore[attr-defined]
+
+
+def _main_script() -> dict[str, str]:
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return {"init_main_from_name": main.__spec__.name}
+    path = getattr(main, "__file__", None)
+    if path is None:
+        return {}
+    return {"init_main_from_path": os.path.normpath(Path(_original_dir(), path))}
+
+
+def is_importing_main() -> bool:
+    """Return whether this process is a worker that is importing the application's main script."""
+    return getattr(mp_process.current_process(), "_inheriting", False)
 
 
 def _read_number(fd: int) -> int | None:
     data = b""
     while len(data) < NUMBER.size:
-        try:
-            part = os.read(fd, NUMBER.size - len(data))
-        except InterruptedError:
-            continue
+        part = os.read(fd, NUMBER.size - len(data))
         if not part:
             return None
         data += part

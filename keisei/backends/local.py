@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
-import pickletools
 import signal
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends import launch
+from keisei.backends.child import STACKS_SIGNAL
+from keisei.backends.endpoints import WorkerEndpoints
+from keisei.backends.preload import OWN_MODULES, default_preload, modules_named_in
 from keisei.backends.process import WorkerProcess
+from keisei.exceptions import ManagerStateError
 from keisei.ipc import memory
 
-_OWN_MODULES = ("torch", "keisei.backends.process", "keisei.backends.runtime")
 _PROCESS_GROUP = 1 << 2
 _EXIT_CODE_PATIENCE = 2.0
+_MAX_REPORT = 1 << 18
 
 
 class LocalBackend:
@@ -39,57 +42,166 @@ class LocalBackend:
                 lives in the application's main script.
             start_method: "forkserver" or "spawn".
             preload: What the fork server imports besides our own; ``None`` chooses.
-            max_concurrent_starts: Threads for starting.
+            max_concurrent_starts: More than this many starts wait for one another.
         """
         modules = modules_named_in(factory)
         self._with_main = "__main__" in modules
         self._preload: tuple[str, ...] | None = None
         if start_method == "forkserver":
             chosen = default_preload(modules) if preload is None else tuple(preload)
-            self._preload = (*_OWN_MODULES, *chosen)
-        self._max_starts = max_concurrent_starts
-        self._threads: ThreadPoolExecutor | None = None
+            self._preload = (*OWN_MODULES, *chosen)
+        self._starts = asyncio.Semaphore(max_concurrent_starts)
+        self._is_open = False
 
     async def open(self) -> None:
-        """Keep the fork server, if any, from now on."""
-        self._threads = ThreadPoolExecutor(self._max_starts, "keisei-start")
+        """Keep the fork server, if any, from now on.
+
+        Raises:
+            ManagerStateError: This process is a worker that is importing the application's main
+                script, which starts a pool when it is imported.
+        """
+        if launch.is_importing_main():
+            raise ManagerStateError(
+                "a worker process has imported the main script, which started a pool again; "
+                "put what the script does under 'if __name__ == \"__main__\":'"
+            )
         if self._preload is not None:
             launch.server.acquire()
+        self._is_open = True
 
     async def start(self, endpoints: WorkerEndpoints, name: str) -> LocalProcess:
-        """Start a process on ``endpoints``, in a thread.
+        """Start a process on ``endpoints``, which are taken over, in a thread.
 
-        Cancelling waits for the start that is under way and ends it again.
+        When cancelled, a process that is being started is ended as soon as there is one.
+
+        Raises:
+            OSError: It could not be started; everything is closed.
         """
-        crash_fd = memory.anonymous_file("keisei-crash")
-        fds = endpoints.detach()
-        process = WorkerProcess(name, fds, crash_fd, self._preload, self._with_main)
-        loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._threads, process.start)
-            handle = LocalProcess(process, crash_fd)
+            async with self._starts:
+                start = self._described(endpoints, name)
+                starting = _in_thread(start.run, start.undo)
+                try:
+                    await asyncio.shield(starting)
+                except asyncio.CancelledError:
+                    starting.add_done_callback(start.undo_later)
+                    raise
+        finally:
+            endpoints.close()
+        try:
+            return LocalProcess(start.process, start.pidfd, start.crash_fd)
+        except BaseException:
+            _in_thread(start.undo)
+            raise
+
+    def _described(self, endpoints: WorkerEndpoints, name: str) -> _Start:
+        crash_fd = memory.anonymous_file("keisei-crash")
+        try:
+            fds = endpoints.detach()
         except BaseException:
             os.close(crash_fd)
             raise
-        finally:
-            for fd in fds:
-                os.close(fd)
-        return handle
+        process = WorkerProcess(name, fds, crash_fd, self._preload, self._with_main)
+        return _Start(process, fds, crash_fd)
 
     def abort_starts(self) -> None:
         """End the fork server, whose import of the preloaded modules may be what hangs."""
-        if self._preload is not None and launch.server.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(launch.server.pid, signal.SIGKILL)
+        if self._preload is not None:
+            threading.Thread(target=launch.server.abort, name="keisei-abort", daemon=True).start()
 
     async def aclose(self) -> None:
         """Let the fork server go; it ends when nobody else keeps it."""
-        threads, self._threads = self._threads, None
-        if threads is None:
+        was_open, self._is_open = self._is_open, False
+        if was_open and self._preload is not None:
+            await asyncio.shield(_in_thread(launch.server.release))
+
+
+class _Start:
+    """A start that is under way, in a thread; owns the descriptors until it is done."""
+
+    def __init__(self, process: WorkerProcess, fds: Sequence[int], crash_fd: int) -> None:
+        self.process = process
+        self.crash_fd = crash_fd
+        self.pidfd: int | None = None
+        self._fds = fds
+
+    def run(self) -> None:
+        """Start the process; all or nothing."""
+        try:
+            self.process.start()
+            self.pidfd = self._opened_pidfd()
+        except BaseException:
+            os.close(self.crash_fd)
+            raise
+        finally:
+            for fd in self._fds:
+                os.close(fd)
+
+    def _opened_pidfd(self) -> int | None:
+        if not hasattr(os, "pidfd_open"):
+            return None
+        try:
+            return os.pidfd_open(self.process.pid)
+        except ProcessLookupError:
+            return None  # it has ended and was reaped already, which the report pipe tells
+        except OSError:
+            self._end()
+            raise
+
+    def undo(self) -> None:
+        """End the process that nobody wants any more."""
+        self._end()
+        for fd in (self.pidfd, self.crash_fd):
+            if fd is not None:
+                os.close(fd)
+
+    def undo_later(self, started: asyncio.Future[None]) -> None:
+        """Hear that the start is done, when nobody waits for it any more."""
+        if started.exception() is None:
+            _in_thread(self.undo)
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.aio_process.join(_EXIT_CODE_PATIENCE)
+        self.process.close()
+
+
+def _in_thread(
+    work: Callable[[], None], undo: Callable[[], None] | None = None
+) -> asyncio.Future[None]:
+    """Run ``work`` in a daemon thread: one that hangs must not hold up the interpreter's exit.
+
+    Args:
+        work: What may block.
+        undo: Called in the thread after ``work`` if the event loop is closed by then.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: BaseException | None) -> None:
+        thread.join()  # it has nothing left to do
+        if future.done():
             return
-        if self._preload is not None:
-            await asyncio.get_running_loop().run_in_executor(threads, launch.server.release)
-        threads.shutdown(wait=True)
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            work()
+        except BaseException as problem:  # noqa: BLE001 - raised where it is waited for
+            error = problem
+        try:
+            loop.call_soon_threadsafe(settle, error)
+        except RuntimeError:
+            if undo is not None and error is None:
+                undo()
+
+    thread = threading.Thread(target=run, name="keisei-start", daemon=True)
+    thread.start()
+    return future
 
 
 class LocalProcess:
@@ -97,55 +209,66 @@ class LocalProcess:
 
     Signals go through the pidfd too, so they can never reach a stranger that was given the same
     pid later. Where there is no pidfd the report pipe tells of the end.
+
+    Attributes:
+        pid: Its process id.
+        has_exited: It is known to have ended.
     """
 
-    def __init__(self, process: WorkerProcess, crash_fd: int) -> None:
+    def __init__(self, process: WorkerProcess, pidfd: int | None, crash_fd: int) -> None:
+        """Watch ``process`` in the running loop; takes the descriptors over."""
+        self.pid: int = process.pid
+        self.has_exited = False
         self._process = process
         self._crash_fd = crash_fd
-        self.pid: int = process.pid or 0
-        loop = asyncio.get_running_loop()
-        self._exit: asyncio.Future[int | None] = loop.create_future()
-        self._collecting: asyncio.Task[None] | None = None
-        self._loop = loop
-        self._pidfd: int | None = None
+        self._pidfd = pidfd
+        self._loop = asyncio.get_running_loop()
+        self._exit: asyncio.Future[int | None] = self._loop.create_future()
+        self._patience: asyncio.TimerHandle | None = None
         self._sentinel: int = process.aio_process.sentinel
-        if hasattr(os, "pidfd_open"):
-            try:
-                self._pidfd = os.pidfd_open(self.pid)
-            except ProcessLookupError:
-                self._on_end()  # it has ended and was reaped already
-                return
-        self._watched = self._sentinel if self._pidfd is None else self._pidfd
-        loop.add_reader(self._watched, self._on_end_noticed)
-
-    @property
-    def has_exited(self) -> bool:
-        """Whether it is known to have ended."""
-        return self._collecting is not None
+        self._watched: int | None = None
+        self._watch(self._sentinel if pidfd is None else pidfd, self._on_end)
 
     async def wait(self) -> int | None:
-        """Wait for its end and return its exit code."""
+        """Wait for its end and return its exit code, ``None`` if nobody can know it."""
         return await asyncio.shield(self._exit)
 
-    def _on_end_noticed(self) -> None:
-        self._loop.remove_reader(self._watched)
-        self._on_end()
+    def _watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self._loop.add_reader(fd, callback)
+        self._watched = fd
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._loop.remove_reader(self._watched)
+            self._watched = None
+        if self._patience is not None:
+            self._patience.cancel()
 
     def _on_end(self) -> None:
-        if self._collecting is None:
-            self._collecting = self._loop.create_task(self._collect_exit_code())
+        """Ask for the exit code, which the fork server may tell a moment after the end."""
+        self.has_exited = True
+        self._unwatch()
+        if not self._settled():
+            self._patience = self._loop.call_later(_EXIT_CODE_PATIENCE, self._settle, None)
+            self._watch(self._sentinel, self._on_report)
 
-    async def _collect_exit_code(self) -> None:
-        """Ask for the exit code: it may follow the end by a moment when the server forked it."""
-        readable = self._loop.create_future()
-        self._loop.add_reader(self._sentinel, _settle, readable)
-        try:
-            await asyncio.wait([readable], timeout=_EXIT_CODE_PATIENCE)
-        finally:
-            self._loop.remove_reader(self._sentinel)
-        code = self._process.exitcode if readable.done() else None
+    def _on_report(self) -> None:
+        if not self._settled():
+            # Its descriptors are closed, but it is still ending. Not worth a wait in the loop.
+            self._unwatch()
+            join = functools.partial(self._process.aio_process.join, _EXIT_CODE_PATIENCE)
+            _in_thread(join).add_done_callback(lambda _: self._settle(self._process.exit_code()[1]))
+
+    def _settled(self) -> bool:
+        is_known, code = self._process.exit_code()
+        if is_known:
+            self._settle(code)
+        return is_known
+
+    def _settle(self, code: int | None) -> None:
+        self._unwatch()
         if not self._exit.done():
-            self._exit.set_result(None if code == 255 else code)
+            self._exit.set_result(code)
 
     def terminate(self) -> None:
         """Send SIGTERM to the worker itself."""
@@ -153,22 +276,18 @@ class LocalProcess:
 
     def kill(self) -> None:
         """Send SIGKILL to its process group; safe after its own end."""
-        if self._pidfd is None:
-            if not self.has_exited:
-                self._ignoring_absence(os.killpg, self.pid, signal.SIGKILL)
-            return
         self._signal(signal.SIGKILL)
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL, None, _PROCESS_GROUP)
-        except OSError:
-            # An older kernel, or nobody is left; the leader still holds its group's number then.
-            if not self.has_exited:
-                self._ignoring_absence(os.killpg, self.pid, signal.SIGKILL)
+        if self._pidfd is not None:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL, None, _PROCESS_GROUP)
+                return
+        # An older kernel, or nobody is left. Its group's number is its own as long as it lives;
+        # what it leaves behind is ended when it is reaped.
+        if not self.has_exited:
+            self._ignoring_absence(os.killpg, self.pid, signal.SIGKILL)
 
     def dump_stacks(self) -> None:
         """Have it write its stacks into the crash file, even inside C code."""
-        from keisei.backends.process import STACKS_SIGNAL
-
         self._signal(STACKS_SIGNAL)
 
     def _signal(self, number: int) -> None:
@@ -187,70 +306,25 @@ class LocalProcess:
         if self._crash_fd < 0:
             return ""
         size = os.fstat(self._crash_fd).st_size
-        return os.pread(self._crash_fd, min(size, 1 << 16), 0).decode(errors="replace")
+        start = max(0, size - _MAX_REPORT)
+        return os.pread(self._crash_fd, size - start, start).decode(errors="replace")
 
     def state(self) -> str:
         """Return the state letter from ``/proc``, or "" where there is none."""
         try:
-            with open(f"/proc/{self.pid}/stat", "rb") as stat:
-                return stat.read().rpartition(b")")[2].split()[0].decode()
+            stat = Path(f"/proc/{self.pid}/stat").read_bytes()
+            return stat.rpartition(b")")[2].split()[0].decode()
         except (OSError, IndexError):
             return ""
 
     def close(self) -> None:
         """Give back every descriptor."""
-        if not self.has_exited:
-            self._loop.remove_reader(self._watched)
+        self._settle(None)
         for fd in (self._pidfd, self._crash_fd):
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._pidfd, self._crash_fd = None, -1
-        if self._process.exitcode is not None:
-            self._process.close()
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def modules_named_in(pickled: bytes) -> set[str]:
-    """Return the modules that unpickling would import, without unpickling."""
-    modules: set[str] = set()
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name == "GLOBAL":
-            modules.add(str(argument).split(" ")[0])
-        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-            modules.add(strings[-2])
-        elif isinstance(argument, str):
-            strings.append(argument)
-    return modules
-
-
-def default_preload(modules: set[str]) -> tuple[str, ...]:
-    """Return what is worth importing before forking: the worker's modules.
-
-    For a worker in the main script: the modules that the script has imported, since the script
-    itself cannot be preloaded.
-    """
-    chosen = {name for name in modules if name not in ("__main__", "functools", "builtins")}
-    if "__main__" in modules:
-        main = sys.modules["__main__"]
-        chosen |= set(_modules_of(vars(main).values()))
-    return tuple(sorted(chosen))
-
-
-def _modules_of(values: Sequence[object] | object) -> Iterator[str]:
-    for value in list(values):  # type: ignore[call-overload]
-        name = getattr(value, "__name__", None) if _is_module(value) else None
-        name = name or getattr(value, "__module__", None)
-        if isinstance(name, str) and name != "__main__" and name in sys.modules:
-            yield name
-
-
-def _is_module(value: object) -> bool:
-    return isinstance(value, type(sys))
+        self._process.close()
 
 
 @contextlib.contextmanager
@@ -266,4 +340,10 @@ def warm_fork_server() -> Iterator[None]:
         launch.server.release()
 
 
-__all__ = ["LocalBackend", "LocalProcess", "warm_fork_server"]
+__all__ = [
+    "LocalBackend",
+    "LocalProcess",
+    "default_preload",
+    "modules_named_in",
+    "warm_fork_server",
+]

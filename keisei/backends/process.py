@@ -7,10 +7,9 @@ polls. So a subclass sets up what is needed by itself, and the supervisor waits 
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import os
-import signal
-import sys
+import socket
+import traceback
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,12 +17,10 @@ from typing import Any
 import aiomultiprocess
 from aiomultiprocess.types import Unit
 
-from keisei.backends.child import Inherited
+from keisei.backends.child import Inherited, flush
 from keisei.backends.launch import Launched
 
-
-STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
-"""Makes a worker write its stacks; chosen far from what applications use."""
+_MAX_TRACEBACK = 1 << 15
 
 
 class _Process(BaseProcess):
@@ -43,10 +40,11 @@ class _Process(BaseProcess):
             target=aiomultiprocess.Process.run_async, args=(unit,), name=name, daemon=False
         )
         self._launching = (fds, modules, with_main)
+        self.launched: Launched | None = None
 
-    @staticmethod
-    def _Popen(process: _Process) -> Launched:  # noqa: N802 - multiprocessing's name
-        return Launched(process, *process._launching)
+    def _Popen(self, _: _Process) -> Launched:  # noqa: N802 - multiprocessing's name
+        self.launched = Launched(self, *self._launching)
+        return self.launched
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_launching"}
@@ -75,9 +73,18 @@ class WorkerProcess(aiomultiprocess.Process):
         self.unit = Unit(target=serve_worker, args=(), kwargs={}, namespace=None)
         self.aio_process = _Process(name, self.unit, [*fds, crash_fd], modules, with_main)
 
+    def exit_code(self) -> tuple[bool, int | None]:
+        """Return whether it has ended, and its exit code, ``None`` if nobody can know it."""
+        code, launched = self.aio_process.exitcode, self.aio_process.launched
+        is_lost = launched is not None and launched.is_lost
+        return code is not None, None if is_lost else code
+
     def close(self) -> None:
-        """Forget the process, which has ended, and close what told of it."""
-        self.aio_process.close()
+        """Forget the process and close what tells of its end; nobody waits for it any more."""
+        if self.aio_process.exitcode is not None:
+            self.aio_process.close()
+        elif self.aio_process.launched is not None:
+            self.aio_process.launched.is_abandoned = True
 
 
 async def serve_worker() -> None:
@@ -86,13 +93,24 @@ async def serve_worker() -> None:
     from keisei.backends.isolation import OwnProcess
     from keisei.backends.runtime import WorkerRuntime
 
-    *fds, crash_fd = Inherited.fds
-    faulthandler.enable(file=crash_fd, all_threads=True)
-    faulthandler.register(STACKS_SIGNAL, file=crash_fd, all_threads=True)
-    code = await WorkerRuntime(WorkerEndpoints.attach(list(fds)), OwnProcess()).serve()
+    *fds, _ = Inherited.fds
+    code = await WorkerRuntime(WorkerEndpoints.attach(fds), OwnProcess()).serve()
     if code:
         # Everything was told in frames; leave without multiprocessing's own report.
         await asyncio.get_running_loop().shutdown_asyncgens()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         os._exit(code)
+
+
+def tell_failure(error: BaseException) -> None:
+    """Tell the application that this process cannot even begin to serve its worker."""
+    from keisei.backends.endpoints import REPLY
+    from keisei.ipc import messages, serialize
+    from keisei.ipc.queues import FrameWriter
+
+    summary = "".join(traceback.format_exception_only(error)).strip()
+    trace = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
+    failed = messages.Failed("start", summary, trace, during_start=True)
+    reply = FrameWriter(socket.socket(fileno=Inherited.fds[REPLY]), None)
+    reply.put_nowait(serialize.dumps(failed))
+    reply.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
+import operator
 import resource
 import sys
 import traceback
@@ -17,7 +19,7 @@ from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import Isolation
 from keisei.exceptions import QueueEnded, QueueWouldBlock, SerializationError
 from keisei.ipc import messages, serialize
-from keisei.ipc.layout import describe
+from keisei.ipc.layout import Layout, describe
 from keisei.ipc.ring import RingWriter
 from keisei.ipc.status import Phase
 from keisei.ipc.weights import WeightsReader
@@ -57,6 +59,8 @@ class WorkerRuntime:
         self._pausing: list[int] = []
         self._stopping = False
         self._collecting: asyncio.Task[Any] | None = None
+        self._closing = contextlib.ExitStack()
+        self._closing.callback(endpoints.close)
 
     async def serve(self) -> int:
         """Run the worker's whole life and return its exit code.
@@ -71,15 +75,20 @@ class WorkerRuntime:
                 await self._call(Phase.TEARDOWN, self._worker.teardown)
             except HookFailed as failure:
                 await self._tell_failure(failure)
-                return 1
-            await self._tell(messages.Goodbye(reason))
-            return 0
+                code = 1
+            else:
+                await self._tell(messages.Goodbye(reason))
+                code = 0
+            # Closing would tear a frame that the operating system has not taken whole.
+            await self._ends.experience.flush()
+            await self._ends.reply.flush()
+            return code
         except QueueEnded:
             return 2
         finally:
             if self._collecting is not None:
                 self._collecting.cancel()
-            self._ends.close()
+            self._closing.close()
 
     # the life, in order
 
@@ -88,6 +97,7 @@ class WorkerRuntime:
         self._hello = hello = serialize.loads(frame)
         self._paused = hello.paused
         self._ring = RingWriter(hello.slots + 2)
+        self._closing.callback(self._ring.close)
         self._ends.control.listen(self._wake.set)
         self._ends.model.listen(self._wake.set)
         self._ends.experience.watch_credit(self._on_credit)
@@ -138,9 +148,11 @@ class WorkerRuntime:
                     return ""
                 if reason := self._worn_out():
                     return reason
+                may_collect = not self._paused and self._has_credit()
+                # In this order: what was published before the credit was given is seen.
                 await self._load_newest()
                 await self._stand_still()
-                if not self._paused and self._has_credit():
+                if may_collect:
                     self._status.begun += 1
                     if concurrent:
                         self._collecting = asyncio.create_task(self._collect())
@@ -182,7 +194,7 @@ class WorkerRuntime:
                 version=self._version,
                 place=place,
                 new_segment=bool(fds),
-                num_steps=_num_steps(experience, place.layout.fields[0].shape),
+                num_steps=_num_steps(experience, place.layout),
                 info=dict(experience.info or {}),
                 seed=self._hello.seed,
             )
@@ -191,7 +203,7 @@ class WorkerRuntime:
                 if experience.info
                 else serialize.frame(frame)
             )
-        except (TypeError, SerializationError) as error:
+        except Exception as error:
             raise HookFailed(Phase.COLLECT, error) from error
         self._status.committed += 1
         if self._status.committed & _RSS_MASK == 1:
@@ -201,7 +213,10 @@ class WorkerRuntime:
             self._ring.told()
 
     def _worn_out(self) -> str:
+        """Return why a successor shall take over, or ""; not before one experience."""
         hello = self._hello
+        if self._status.committed == 0:
+            return ""
         if hello.max_experiences is not None and self._status.committed >= hello.max_experiences:
             return f"it collected {self._status.committed} experiences"
         if hello.max_rss is not None and (rss := _resident()) > hello.max_rss:
@@ -296,7 +311,8 @@ class WorkerRuntime:
 
     async def _call(self, phase: Phase, hook: Callable[..., Any], *args: Any) -> Any:
         """Call a hook, ``def`` or ``async def``, under its phase."""
-        beside_a_collect = self._collecting is not None
+        task = asyncio.current_task()
+        beside_a_collect = self._collecting is not None and self._collecting is not task
         if beside_a_collect:
             self._status.progress()
         else:
@@ -307,9 +323,9 @@ class WorkerRuntime:
             if inspect.isawaitable(result):
                 result = await self._isolation.drive(result)
             return result
-        except asyncio.CancelledError:
-            raise
         except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # from outside, not the hook's own
             raise HookFailed(phase, _without_our_frames(error)) from error
         finally:
             if not beside_a_collect:
@@ -327,7 +343,6 @@ class WorkerRuntime:
                 during_start=not self._is_ready,
             )
         )
-        await self._ends.reply.flush()
 
 
 def _next(reader: Any) -> tuple[bytearray, list[int]] | None:
@@ -338,10 +353,13 @@ def _next(reader: Any) -> tuple[bytearray, list[int]] | None:
     return frame
 
 
-def _num_steps(experience: Experience, shape: tuple[int, ...]) -> int:
-    if experience.num_steps is not None:
-        return experience.num_steps
-    return shape[0] if shape else 1
+def _num_steps(experience: Experience, layout: Layout) -> int:
+    if experience.num_steps is None:
+        return max((field.shape[0] for field in layout.fields if field.shape), default=1)
+    num_steps = operator.index(experience.num_steps)
+    if num_steps < 0:
+        raise ValueError(f"Experience.num_steps is {num_steps}; it must not be negative")
+    return num_steps
 
 
 def _resident() -> int:

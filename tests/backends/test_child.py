@@ -1,0 +1,162 @@
+"""The first and last things that run in a new process."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+import keisei
+from keisei.backends import child
+
+ROOT = Path(keisei.__file__).parent.parent
+PATIENCE = 30
+
+TIED = """
+    import ctypes, os, sys
+    sys.path.insert(0, {root!r})
+    from keisei.backends import child
+
+    if {fallback}:
+        child._F_SETSIG = 99999  # no such operation: the kernel cannot be asked
+    child.lead_own_group()
+    child.tie_to({lifeline})
+    print("tied", flush=True)
+    {then}
+"""
+
+
+def tied(lifeline: int, then: str, *fds: int, fallback: bool = False) -> subprocess.Popen[str]:
+    """Start a process that is tied to a pipe, and then does something."""
+    program = TIED.format(root=str(ROOT), lifeline=lifeline, then=then, fallback=fallback)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        pass_fds=[lifeline, *fds],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "fallback"),
+    [
+        ("ctypes.PyDLL(None).usleep(900_000_000)", False),
+        ("while True: pass", False),
+        ("while True: pass", True),
+    ],
+)
+def test_a_tied_process_ends_with_the_pipe(then, fallback):
+    """The kernel kills it whatever it is doing; where it cannot be asked, a thread does."""
+    read_end, write_end = os.pipe()
+    with tied(read_end, then, fallback=fallback) as process:
+        assert process.stdout.readline() == "tied\n"
+        assert process.poll() is None
+        os.close(write_end)
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+    os.close(read_end)
+
+
+def test_its_whole_group_ends_with_it():
+    """What it has started ends too, and holds nothing of the lifeline to do so."""
+    read_end, write_end = os.pipe()
+    ours, theirs = os.pipe()
+    pause = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
+    then = f"os.execv({sys.executable!r}, {pause}) if os.fork() == 0 else os.wait()"
+    with tied(read_end, then, theirs) as process:
+        assert process.stdout.readline() == "tied\n"
+        os.close(theirs)
+        os.close(write_end)
+        assert process.wait(PATIENCE) == -signal.SIGKILL
+        assert select.select([ours], [], [], PATIENCE)[0], "its child is still alive"
+    os.close(ours)
+    os.close(read_end)
+
+
+def test_a_process_that_comes_too_late_leaves_at_once():
+    """When the application has gone before the process is tied to it, it exits by itself."""
+    read_end, write_end = os.pipe()
+    os.close(write_end)
+    with tied(read_end, "while True: pass") as process:
+        assert process.stdout.read() == ""
+        assert process.wait(PATIENCE) == 1
+    os.close(read_end)
+
+
+def test_an_open_pipe_is_not_cut():
+    """Nothing is ever written to a lifeline, and only its end is a cut."""
+    read_end, write_end = os.pipe()
+    assert not child.is_cut(read_end)
+    os.close(write_end)
+    assert child.is_cut(read_end)
+    os.close(read_end)
+
+
+LEADER = """
+import os, signal, sys
+os.setpgid(0, 0)
+if os.fork() == 0:
+    os.write(1, b"+")
+    signal.pause()
+os.read(0, 1)
+os._exit(5)
+"""
+
+
+@pytest.mark.parametrize("which", ["this one", "any"])
+def test_reaping_ends_what_is_left_of_the_group(which):
+    """The number of the group is its own until the leader is reaped, and that is when it ends."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", LEADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        os.read(process.stdout.fileno(), 1)
+        if which == "this one":
+            assert child.reap(process.pid) == (0, 0)
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        pid, status = child.reap(process.pid if which == "this one" else None)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert (pid, process.returncode) == (process.pid, 5)
+        assert select.select([process.stdout], [], [], PATIENCE)[0]
+        assert process.stdout.read() == b"", "its child is still alive"
+
+
+def test_there_may_be_nobody_to_reap():
+    """A process that was reaped already is an error, for the caller to make sense of."""
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        process.wait(PATIENCE)
+        with pytest.raises(ChildProcessError):
+            child.reap(process.pid)
+
+
+def test_a_wait_for_one_process_blocks_until_it_ends():
+    """With no flag it is waited for, in a thread, and its code returned."""
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE
+    ) as process:
+        found: list[tuple[int, int]] = []
+        thread = threading.Thread(target=lambda: found.append(child.reap(process.pid, 0)))
+        thread.start()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        thread.join(PATIENCE)
+        assert found == [(process.pid, 0)]
+        process.returncode = 0
+
+
+def test_streams_that_cannot_be_flushed_do_not_matter(monkeypatch):
+    """A process whose standard streams are gone or closed ends in good order all the same."""
+
+    class Closed:
+        def flush(self) -> None:
+            raise ValueError("I/O operation on closed file")
+
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    child.flush()
