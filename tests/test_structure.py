@@ -76,6 +76,7 @@ PUBLIC_NAMES = [
 
 # Modules that may import what only an extra installs, and the distributions that they may import.
 EXTRAS_AT_HOME = {
+    "keisei.testing.pytest_plugin": {"pytest"},
     "keisei.observers.progress": {"rich"},
     "keisei.training.spaces": {"gymnasium", "numpy"},
 }
@@ -312,7 +313,7 @@ def test_every_dependency_is_used(project):
 def test_what_the_extras_install_is_declared(project):
     """Each module with an extra of its own has it declared."""
     extras = project["optional-dependencies"]
-    assert set(extras) == {"gymnasium", "progress", "examples"}
+    assert set(extras) == {"gymnasium", "progress", "testing", "examples"}
     declared = set().union(*(names_in(one) for one in extras.values()))
     assert set().union(*EXTRAS_AT_HOME.values()) - declared == set()
 

@@ -26,7 +26,7 @@ class EpisodeLog:
         self._returns.fill(0.0)
         self._starts = [self._clock] * len(self._starts)
 
-    def add(self, rewards: np.ndarray[Any, Any]) -> None:
+    def add(self, rewards: np.ndarray[Any, Any] | Sequence[float]) -> None:
         """Count one step with rewards ``[N]``."""
         self._returns += rewards
         self._clock += 1

@@ -21,6 +21,7 @@ from keisei.training.rollouts import (
 from keisei.training.spaces import (
     AutoresetMode,
     Space,
+    SyncVectorEnv,
     VectorEnv,
     gymnasium,
     np,
@@ -30,7 +31,7 @@ from keisei.training.vectorization import (
     VectorEnvMaker,
     autoreset_mode_of,
     find_count_problems,
-    make_action_clip,
+    make_action_filter,
 )
 from keisei.worker import Experience, Worker, WorkerContext
 
@@ -147,7 +148,7 @@ class GymnasiumWorker(Worker):
         self._mode = autoreset_mode_of(envs)
         self._leaves = observation_leaves(envs.single_observation_space)
         action_space = envs.single_action_space
-        self._clip = make_action_clip(action_space, envs.num_envs)
+        self._filter_actions = make_action_filter(action_space)
         self._buffer = RolloutBuffer(
             self._leaves, action_space, self._rollout_length, envs.num_envs
         )
@@ -157,17 +158,20 @@ class GymnasiumWorker(Worker):
         # 31 bits, since environments exist that hand their seed on to a 32-bit generator.
         seed = int(np.random.SeedSequence(context.seed).generate_state(1)[0]) >> 1
         self._resetting: _Array | None = None
+        self._step = self._step_together
+        if isinstance(envs, SyncVectorEnv) and self._mode is AutoresetMode.DISABLED:
+            self._step, self._each = self._step_each, envs.envs
         self._begin_episodes(seed)
         self._check_policy()
 
     def collect(self) -> Experience:
         """Take ``rollout_length`` steps in every environment."""
-        buffer, act, progress = self._buffer, self._act, self.context.progress
+        buffer, act, step, progress = self._buffer, self._act, self._step, self.context.progress
         with torch.inference_mode():
             buffer.begin()
             for row in range(self._rollout_length):
                 buffer.write_decisions(row, *act(self._on_device(buffer.policy_inputs[row])))
-                buffer.write_observations(row + 1, self._step(row))
+                step(row)
                 progress()
             values = self._value(self._on_device(buffer.bootstrap_inputs()))
             data = buffer.finish(values)
@@ -190,26 +194,51 @@ class GymnasiumWorker(Worker):
         self._episodes.begin()
         self._resetting = None
 
-    def _step(self, row: int) -> Any:
-        """Step the environments and return the observations that the next step starts from."""
+    def _step_each(self, row: int) -> None:
+        """Step environments of this process one by one, and reset each that ended.
+
+        What ``SyncVectorEnv.step`` does beyond this, above all gathering infos that nobody reads,
+        takes longer than an actor's forward pass.
+        """
         buffer = self._buffer
-        actions = buffer.actions[row] if self._clip is None else self._clip(buffer.actions[row])
+        actions = self._filter_actions(buffer.actions[row])
+        rewards, terminated, truncated = [], [], []
+        ended = []
+        for index, (env, action) in enumerate(zip(self._each, actions, strict=True)):
+            observation, reward, has_terminated, was_truncated, _ = env.step(action)
+            if has_terminated or was_truncated:
+                ended.append(index)
+                if not has_terminated:
+                    buffer.add_final_observation(row, index, observation)
+                observation, _ = env.reset()
+            buffer.write_observation(row + 1, index, observation)
+            rewards.append(float(reward))
+            terminated.append(has_terminated)
+            truncated.append(was_truncated)
+        buffer.rewards[row] = rewards
+        buffer.terminated[row] = terminated
+        buffer.truncated[row] = truncated
+        self._episodes.add(rewards)
+        if ended:
+            self._episodes.end(ended)
+
+    def _step_together(self, row: int) -> None:
+        """Step a vector environment of any kind and mode."""
+        buffer = self._buffer
+        actions = self._filter_actions(buffer.actions[row])
         observations, rewards, terminated, truncated, infos = self.envs.step(actions)
         if self._resetting is not None:
             buffer.mask[row] = running = ~self._resetting
-            rewards, terminated, truncated = (
-                rewards * running,
-                terminated & running,
-                truncated & running,
-            )
+            rewards = rewards * running
+            terminated, truncated = terminated & running, truncated & running
             self._resetting = None
         buffer.rewards[row] = rewards
         buffer.terminated[row] = terminated
         buffer.truncated[row] = truncated
         self._episodes.add(rewards)
         if np.count_nonzero(terminated) or np.count_nonzero(truncated):
-            return self._end_episodes(row, observations, terminated, truncated, infos)
-        return observations
+            observations = self._end_episodes(row, observations, terminated, truncated, infos)
+        buffer.write_observations(row + 1, observations)
 
     def _end_episodes(
         self, row: int, observations: Any, terminated: _Array, truncated: _Array, infos: Any
@@ -229,16 +258,10 @@ class GymnasiumWorker(Worker):
         finals = infos["final_obs"] if self._mode is AutoresetMode.SAME_STEP else observations
         for env in envs:
             if not terminated[env]:
-                self._buffer.add_final_observation(row, env, self._pick(finals, env))
+                self._buffer.add_final_observation(row, env, _pick(finals, env))
         if self._mode is AutoresetMode.DISABLED:
             observations, _ = self.envs.reset(options={"reset_mask": ended})
         return observations
-
-    def _pick(self, observations: Any, env: int) -> list[Any]:
-        """Take one environment's leaves out of a batch, or out of an array of observations."""
-        if isinstance(observations, np.ndarray) and observations.dtype == object:
-            return [leaf.take_from(observations[env]) for leaf in self._leaves]
-        return [leaf.take_from(observations)[env] for leaf in self._leaves]
 
     def _on_device(self, observations: Observations) -> Observations:
         device = self.context.device
@@ -266,3 +289,10 @@ class GymnasiumWorker(Worker):
             problems = self._buffer.find_misfits(self._act(observations), self._value(observations))
         if problems:
             raise ConfigurationError(problems)
+
+
+def _pick(observations: Any, env: int) -> Any:
+    """Take one environment's observation out of a batch, or out of an array of observations."""
+    if isinstance(observations, Mapping):
+        return {key: _pick(child, env) for key, child in observations.items()}
+    return observations[env]

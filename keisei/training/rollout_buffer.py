@@ -80,6 +80,11 @@ class RolloutBuffer:
         for leaf, array in self._leaves:
             array[row] = leaf.take_from(observations)
 
+    def write_observation(self, row: int, env: int, observation: Any) -> None:
+        """Copy one environment's observation into a row."""
+        for leaf, array in self._leaves:
+            array[row, env] = leaf.take_from(observation)
+
     def write_decisions(
         self, row: int, actions: torch.Tensor, log_probs: torch.Tensor, values: torch.Tensor
     ) -> None:
@@ -108,15 +113,12 @@ class RolloutBuffer:
                 problems.append(f"{name} of {tensor.dtype}, which does not fit {row.dtype}")
         return problems
 
-    def add_final_observation(self, row: int, env: int, arrays: Sequence[Any]) -> None:
-        """Copy the last observation of an episode that was truncated at ``row``, leaf by leaf."""
+    def add_final_observation(self, row: int, env: int, observation: Any) -> None:
+        """Copy the last observation of an episode that was truncated at ``row``."""
         self._final_rows.append(row)
         self._final_envs.append(env)
         self._final_observations.append(
-            [
-                np.array(new, array.dtype)
-                for new, (_, array) in zip(arrays, self._leaves, strict=True)
-            ]
+            [np.array(leaf.take_from(observation), array.dtype) for leaf, array in self._leaves]
         )
 
     def bootstrap_inputs(self) -> Observations:
@@ -143,11 +145,11 @@ class RolloutBuffer:
         """
         values, next_values = self._data["values"], self._data["next_values"]
         num_envs = values.shape[1]
+        bootstrap_values = bootstrap_values.to(next_values)
         next_values[:-1] = values[1:]
         next_values[-1] = bootstrap_values[:num_envs]
         if self._final_rows:
-            finals = bootstrap_values[num_envs:].to(next_values)
-            next_values[self._final_rows, self._final_envs] = finals
+            next_values[self._final_rows, self._final_envs] = bootstrap_values[num_envs:]
         next_values.masked_fill_(self._data["terminated"], 0.0)
         return dict(self._data)
 

@@ -92,33 +92,29 @@ def autoreset_mode_of(envs: VectorEnv[Any, Any, Any]) -> AutoresetMode:
     return AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
 
 
-class ActionClip:
-    """Clips batches of actions to a ``Box``, into an array of its own, in the space's dtype."""
+def make_action_filter(space: Space[Any]) -> Callable[[_Array], _Array]:
+    """Make what recorded actions ``[N, *shape]`` go through on their way to the environments.
 
-    def __init__(self, space: Box[Any], num_envs: int) -> None:
-        self._low, self._high = space.low, space.high
-        self._clipped = np.empty((num_envs, *space.shape), dtype=space.dtype)
-
-    def __call__(self, actions: _Array) -> _Array:
-        """Clip ``[N, *shape]``; the result is overwritten by the next call."""
-        np.maximum(actions, self._low, out=self._clipped, casting="same_kind")
-        np.minimum(self._clipped, self._high, out=self._clipped)
-        return self._clipped
-
-
-def make_action_clip(space: Space[Any], num_envs: int) -> ActionClip | None:
-    """Make what a batch of actions goes through on its way to the environments, if anything.
+    ``Box`` actions are clipped. The result is a new array wherever an environment gets a view of
+    it: some remember their last action, and the record is overwritten by the next rollout.
 
     Raises:
         ConfigurationError: Actions of this space are not arrays.
     """
     if isinstance(space, Box):
-        return ActionClip(space, num_envs)
-    if isinstance(space, Discrete | MultiDiscrete | MultiBinary):
-        return None
+        low, high, dtype = space.low, space.high, space.dtype
+        return lambda actions: np.minimum(np.maximum(actions, low), high).astype(dtype, copy=False)
+    if isinstance(space, MultiDiscrete | MultiBinary):
+        return np.copy
+    if isinstance(space, Discrete):
+        return _unchanged
     raise ConfigurationError(
         [
             f"the action space is {space}: convert it to Box, Discrete, MultiDiscrete or "
             "MultiBinary, for example with gymnasium.wrappers.TransformAction"
         ]
     )
+
+
+def _unchanged(actions: _Array) -> _Array:
+    return actions

@@ -107,7 +107,7 @@ class BatchedSameStepEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
 
 class EchoEnv(gymnasium.Env[Any, Any]):
-    """Observes samples of any space, insists on valid actions, and never ends."""
+    """Observes samples of any space, insists on valid actions, keeps the last, and never ends."""
 
     def __init__(
         self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]
@@ -115,6 +115,7 @@ class EchoEnv(gymnasium.Env[Any, Any]):
         self.observation_space = observation_space
         self.action_space = action_space
         self.actions: list[Any] = []
+        self.last_action: Any = None
         self.observations: list[Any] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
@@ -125,6 +126,7 @@ class EchoEnv(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
         self.actions.append(np.copy(action))
+        self.last_action = action
         return self._observe(), 0.0, False, False, {}
 
     def _observe(self) -> Any:

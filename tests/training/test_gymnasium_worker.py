@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -63,6 +64,12 @@ def make_worker():
     yield make
     for worker in workers:
         worker.teardown()
+
+
+@pytest.fixture(scope="module")
+def shared_heap():
+    """Let multiprocessing make the heap of this process, which it keeps, before leaks count."""
+    multiprocessing.RawArray("b", 1)
 
 
 def real(experience, env=0):
@@ -185,6 +192,7 @@ def test_a_vector_entry_point_keeps_its_own_mode(make_worker):
     assert experience.info["episode_returns"] == experience.info["episode_lengths"]
 
 
+@pytest.mark.usefixtures("shared_heap")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_processes_below_the_worker_give_the_same_rollouts(make_worker, mode):
@@ -221,14 +229,14 @@ def test_the_same_seed_gives_the_same_rollouts(make_worker):
 
 
 def test_every_environment_has_a_seed_of_its_own(make_worker):
-    """No two environments share a seed, within a worker or between workers; they fit 32 bits."""
+    """No two environments share a seed, within a worker or between workers; they fit 31 bits."""
     contexts = [CONTEXT, replace(CONTEXT, seed=2**63 - 1), replace(CONTEXT, seed=0)]
     workers = [
         make_worker("CartPole-v1", ActorCritic, 4, 1, context=context) for context in contexts
     ]
     seeds = [seed for worker in workers for seed in worker.envs.np_random_seed]
     assert len(set(seeds)) == 12
-    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
     starts = [tuple(row) for worker in workers for row in worker.collect().data["observations"][0]]
     assert len({tuple(map(float, start)) for start in starts}) == 12
 
@@ -384,6 +392,23 @@ def test_actions_of_every_space_are_valid_and_recorded(make_worker, name):
             assert recorded.std() > 0.5  # not clipped, or the log-probabilities would be wrong
             recorded = recorded.astype(space.dtype).clip(space.low, space.high)
         assert np.array_equal(taken, recorded)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_an_environment_may_keep_its_last_action(make_worker, name, mode):
+    """The action that an environment was given does not change in its hands afterwards."""
+    observation_space, space = OBSERVATION_SPACES["box"][0], ACTION_SPACES[name][0]
+    worker = make_worker(
+        lambda: EchoEnv(observation_space, space), ActorCritic, 2, 1, autoreset_mode=mode
+    )
+    (env, _) = worker.envs.envs
+    kept = []
+    for _ in range(20):
+        worker.collect()
+        kept.append(env.last_action)
+    assert np.array_equal(kept, env.actions)
+    assert len({np.array(action).tobytes() for action in kept}) > 1
 
 
 @pytest.mark.parametrize("observations", OBSERVATION_SPACES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +15,6 @@ from keisei.exceptions import (
     QueueBroken,
     QueueClosed,
     QueueEnded,
-    QueueTimeout,
     QueueWouldBlock,
     SerializationError,
     WorkerError,
@@ -75,7 +75,7 @@ class Channel:
         granted: Experiences that the worker was allowed to collect so far.
         received: Experiences that have arrived.
         is_ready: It has finished its start.
-        is_paused: It has answered that it stands still.
+        is_paused: It was told to stand still and not to go on again; it owes no experience.
     """
 
     def __init__(self, worker_id: int, incarnation: int, max_queue_size: int) -> None:
@@ -98,6 +98,8 @@ class Channel:
         self._applying: list[tuple[int, asyncio.Future[int]]] = []
         self._commands: dict[int, str] = {}
         self._lost: WorkerLost | None = None
+        self._unsent: deque[bytes] = deque()
+        self._sending: asyncio.Task[None] | None = None
 
     def endpoints(self) -> WorkerEndpoints:
         """Take the worker's ends out; they can be given away once."""
@@ -118,8 +120,28 @@ class Channel:
     # to the worker
 
     def send(self, message: Any) -> None:
-        """Send a control frame; raises ``QueueWouldBlock`` or ``QueueEnded``."""
-        _held(self.control.writer).put_nowait(serialize.frame(message))
+        """Send a control frame behind those before it, as soon as there is room.
+
+        Raises:
+            QueueEnded: The worker can hear no more.
+        """
+        payload = serialize.frame(message)
+        if not self._unsent:
+            try:
+                _held(self.control.writer).put_nowait(payload)
+            except QueueWouldBlock:
+                self._sending = asyncio.ensure_future(self._send_rest())
+            else:
+                return
+        self._unsent.append(payload)
+
+    async def _send_rest(self) -> None:
+        writer = _held(self.control.writer)
+        with contextlib.suppress(QueueEnded, QueueClosed):
+            while self._unsent:
+                await writer.put(self._unsent[0])
+                self._unsent.popleft()
+        self._unsent.clear()
 
     def grant(self, credits: int) -> None:
         """Allow the worker to collect ``credits`` more experiences."""
@@ -164,19 +186,11 @@ class Channel:
         try:
             # A worker that is dying has its cause told by the supervisor, through the future.
             with contextlib.suppress(QueueEnded):
-                await self._send_in_time(serialize.frame(message), timeout)
+                self.send(message)
             return await future
         finally:
             timer.cancel()
             self._pending.pop(sequence, None)
-
-    async def _send_in_time(self, payload: bytes, timeout: float) -> None:
-        writer = _held(self.control.writer)
-        try:
-            writer.put_nowait(payload)
-        except QueueWouldBlock:
-            with contextlib.suppress(QueueTimeout):
-                await writer.put(payload, timeout=timeout)
 
     def _expire(self, future: asyncio.Future[Any], name: str, timeout: float) -> None:
         if not future.done():
@@ -211,6 +225,12 @@ class Channel:
 
     # from the worker
 
+    def read_arrived(self) -> None:
+        """Hear now of every experience that was sent up to this moment."""
+        if self._listener is not None:
+            _held(self.experience.reader).drain()
+            self._on_experience()
+
     def _on_experience(self) -> None:
         self._take_all(self.experience, self._experience)
 
@@ -238,6 +258,7 @@ class Channel:
     def _experience(self, frame: messages.ExperienceFrame, fds: list[int]) -> None:
         if frame.new_segment:
             self.ring.add(frame.place.segment, fds[0])
+        self.ring.check(frame.place)
         self.received += 1
         if self._listener is not None:
             self._listener.on_arrival(Arrival(self, frame))

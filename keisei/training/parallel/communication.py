@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
     CommandTimeout,
+    QueueClosed,
     QueueEnded,
     QueueTimeout,
     QueueWouldBlock,
@@ -193,7 +194,7 @@ class WorkerCommunicator:
         timeout: float | None,
     ) -> dict[int, Any]:
         """Send one frame to several workers and gather their answers."""
-        chosen = sorted(self.channels) if worker_ids is None else list(worker_ids)
+        chosen = sorted(self.channels) if worker_ids is None else list(dict.fromkeys(worker_ids))
         unknown = [worker_id for worker_id in chosen if worker_id not in self.channels]
         if unknown:
             raise ValueError(f"no such worker: {unknown}; there are {sorted(self.channels)}")
@@ -301,7 +302,7 @@ class WorkerCommunicator:
     def _announce(channel: Channel, message: Any, fd: int | None = None) -> None:
         try:
             channel.announce(message, fd)
-        except (QueueWouldBlock, QueueEnded):
+        except (QueueWouldBlock, QueueEnded, QueueClosed):
             return  # it is dying, or has not read 200 announcements: the newest is owed anyway
 
     # experiences, where no manager takes them

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 
 from keisei.config import ParallelConfig
 from keisei.training.parallel.batch import ExperienceBatch
@@ -49,6 +50,9 @@ class Flow:
         self._demand = 0
         self._changed = asyncio.Event()
         self._round: dict[int, Arrival | None] | None = None
+        self._rounds_held = 0
+        self._waiting = 0
+        self._newest = 0
         self._per_version = config.num_workers
         self._delivered_since_push = 0
         self.num_dropped = 0
@@ -69,6 +73,7 @@ class Flow:
         if (
             self._config.overflow == "drop_oldest"
             and self._queued[worker_id] > self._config.max_queue_size
+            and self._steps_queued > self._demand  # nobody waits for more than the queues can hold
         ):
             self._drop_oldest_of(worker_id)
         self._top_up_one(worker_id)
@@ -154,24 +159,39 @@ class Flow:
 
     # taking
 
-    async def wait_for(self, num_steps: int, is_over: Callable[[], bool]) -> None:
+    async def wait_for(self, num_steps: int | None, is_over: Callable[[], bool]) -> None:
         """Wait until ``num_steps`` are here, or ``is_over``; takes nothing. Safe to cancel.
 
         A round of the sync mode that has begun goes on by itself.
+
+        Args:
+            num_steps: Environment steps; ``None`` is one experience, which may have no steps.
+            is_over: Whether waiting has become pointless.
         """
-        self._demand += num_steps
+        demand = 1 if num_steps is None else num_steps
+        self._demand += demand
         try:
             self.top_up()
-            while self._steps_queued < num_steps and not is_over():
+            while not self._has(num_steps) and not is_over():
                 self._begin_round()
                 self._changed.clear()
-                await self._changed.wait()
+                self._waiting += 1
+                try:
+                    await self._changed.wait()
+                finally:
+                    self._waiting -= 1
         finally:
-            self._demand -= num_steps
+            self._demand -= demand
+
+    def _has(self, num_steps: int | None) -> bool:
+        self._drop_too_old()
+        return bool(self._arrivals) if num_steps is None else self._steps_queued >= num_steps
 
     def _begin_round(self) -> None:
         """In sync mode, have every live worker collect one experience, unless they are at it."""
-        if self._config.mode == "sync" and self._round is None and self._ready:
+        if self._config.mode != "sync" or self._rounds_held:
+            return
+        if self._round is None and self._ready:
             self._round = dict.fromkeys(self._ready)
             for channel in self._ready.values():
                 self._grant(channel, 1)
@@ -184,52 +204,62 @@ class Flow:
                 if arrival is not None:
                     self._append(arrival)
 
-    @property
-    def is_in_round(self) -> bool:
-        """Whether workers are collecting a round of the sync mode now."""
-        return self._round is not None
-
-    async def wait_round_over(self, is_over: Callable[[], bool]) -> None:
-        """Wait until no round is being collected. Safe to cancel."""
-        while self.is_in_round and not is_over():
-            self._changed.clear()
-            await self._changed.wait()
+    @asynccontextmanager
+    async def between_rounds(self, is_over: Callable[[], bool]) -> AsyncIterator[None]:
+        """Have no round of the sync mode begin in the body, nor go on in it. Safe to cancel."""
+        self._rounds_held += 1
+        try:
+            while self._round is not None and not is_over():
+                self._changed.clear()
+                await self._changed.wait()
+            yield
+        finally:
+            self._rounds_held -= 1
+            if self._waiting:
+                self._begin_round()  # now: whoever calls this in a loop leaves no other moment
 
     def take(self, num_steps: int | None = None) -> list[ExperienceBatch]:
-        """Take what is here, oldest first, up to about ``num_steps``; ``None`` takes all."""
+        """Take what ``wait_for`` has found, oldest first, up to about ``num_steps``.
+
+        Call it before the loop turns again. ``None`` takes all.
+        """
         batches: list[ExperienceBatch] = []
         steps = 0
         while self._arrivals and (num_steps is None or steps < num_steps):
-            batch = self.take_one()
-            if batch is not None:
-                batches.append(batch)
-                steps += batch.num_steps
+            batches.append(self._take_oldest())
+            steps += batches[-1].num_steps
         return batches
 
     def take_one(self) -> ExperienceBatch | None:
         """Take the oldest one; ``None`` if nothing (fresh enough) is here."""
-        while self._arrivals:
-            arrival = self._pop()
-            newest = self._newest_version()
-            if self._is_too_old(arrival, newest):
-                self._discard(arrival)
-                self._top_up_one(arrival.channel.worker_id)
-                continue
-            batch = arrival.open(newest)
-            self.num_batches += 1
-            self.num_steps += batch.num_steps
-            self._delivered_since_push += 1
-            self._top_up_one(batch.worker_id)
-            return batch
-        return None
+        return self._take_oldest() if self._has(None) else None
 
-    def _is_too_old(self, arrival: Arrival, newest: int) -> bool:
+    def _take_oldest(self) -> ExperienceBatch:
+        batch = self._pop().open(self._newest)
+        self.num_batches += 1
+        self.num_steps += batch.num_steps
+        self._delivered_since_push += 1
+        self._top_up_one(batch.worker_id)
+        return batch
+
+    def _drop_too_old(self) -> None:
+        """Discard what is too stale, before anything is counted or taken.
+
+        The version may be published from a thread at any time; what is taken now is measured by
+        this look at it.
+        """
+        self._newest = self._newest_version()
         limit = self._config.max_staleness
-        return (
-            limit is not None
-            and self._config.staleness_policy == "drop"
-            and newest - arrival.frame.version > limit
-        )
+        if limit is None or self._config.staleness_policy != "drop":
+            return
+        oldest = self._newest - limit
+        too_old = [one for one in self._arrivals if one.frame.version < oldest]
+        if too_old:
+            self._arrivals = deque(one for one in self._arrivals if one.frame.version >= oldest)
+        for arrival in too_old:
+            self._uncount(arrival)
+            self._discard(arrival)
+            self._top_up_one(arrival.channel.worker_id)
 
     def discard_all(self) -> None:
         """Give every slot back unread."""
@@ -264,16 +294,18 @@ class Flow:
 
     def _pop(self) -> Arrival:
         arrival = self._arrivals.popleft()
+        self._uncount(arrival)
+        return arrival
+
+    def _uncount(self, arrival: Arrival) -> None:
         self._queued[arrival.channel.worker_id] -= 1
         self._steps_queued -= arrival.frame.num_steps
-        return arrival
 
     def _drop_oldest_of(self, worker_id: int) -> None:
         for index, arrival in enumerate(self._arrivals):
             if arrival.channel.worker_id == worker_id:
                 del self._arrivals[index]
-                self._queued[worker_id] -= 1
-                self._steps_queued -= arrival.frame.num_steps
+                self._uncount(arrival)
                 self._discard(arrival)
                 return
 

@@ -119,7 +119,7 @@ class ParallelManager:
         Raises:
             WorkerStartError: A worker's imports, factory or ``setup`` raised, at its first start.
             PoolExhausted: Workers ended while starting, more often than the policy allows.
-            ManagerStateError: It was started before.
+            ManagerStateError: It was started before, or stopped meanwhile.
         """
         if self._state is not _State.NEW:
             raise ManagerStateError(
@@ -137,9 +137,11 @@ class ParallelManager:
         except BaseException:
             await self.stop()
             raise
-        if self._stopping is None:
-            self._state = _State.RUNNING
-            self._publish(PoolStarted(pool.num_workers))
+        if self._stopping is not None:
+            await to_completion(_outcome(self._stopping))
+            raise ManagerStateError("this manager was stopped while it was starting")
+        self._state = _State.RUNNING
+        self._publish(PoolStarted(pool.num_workers))
 
     async def stop(self) -> None:
         """End every worker and return when all are gone.
@@ -149,7 +151,7 @@ class ParallelManager:
         several tasks, and again: a second call shortens the grace. It is carried to its end
         even if the caller is cancelled.
         """
-        if self._state is _State.NEW:
+        if self._pool is None:
             self._state = _State.STOPPED
             return
         pool = self._started()
@@ -164,12 +166,14 @@ class ParallelManager:
     async def _stop(self, pool: Pool) -> None:
         self._state = _State.STOPPING
         self._stop_requested = True
-        await pool.close()
-        self._state = _State.STOPPED
-        pool.flow.wake()
-        self._publish(PoolStopped(len(pool.supervisor.incidents)))
-        for stream in list(self._streams):
-            stream.close()
+        try:
+            await pool.close()
+        finally:
+            self._state = _State.STOPPED
+            pool.flow.wake()
+            self._publish(PoolStopped(len(pool.supervisor.incidents)))
+            for stream in list(self._streams):
+                stream.close()
 
     def request_stop(self) -> None:
         """Have ``run()`` and ``experiences()`` end in an orderly way, soon.
@@ -207,7 +211,7 @@ class ParallelManager:
             batch = pool.flow.take_one()
             if batch is not None:
                 return batch
-            await pool.flow.wait_for(1, lambda: self._is_over(pool))
+            await pool.flow.wait_for(None, lambda: self._is_over(pool))
         pool.raise_failure()
         return None
 
@@ -221,7 +225,7 @@ class ParallelManager:
         Args:
             min_steps: In async mode ``None`` returns what is here, at least one batch. In sync
                 mode it returns one round, ordered by worker; otherwise as many whole rounds as
-                needed.
+                needed. After ``request_stop`` it returns at once, with what is here or nothing.
             timeout: Seconds; ``None`` waits without end.
 
         Raises:
@@ -230,14 +234,14 @@ class ParallelManager:
             ManagerStateError: The manager is not running.
         """
         pool = self._usable()
-        wanted = 1 if min_steps is None else min_steps
-        if not await self._wait_for_steps(pool, wanted, timeout):
+        if not await self._wait_for_steps(pool, min_steps, timeout):
             states = ", ".join(
                 f"worker {info.worker_id} is {info.state} ({info.phase})" for info in self.workers
             )
-            raise CollectTimeout(
-                f"{pool.flow.num_steps_queued} of {wanted} steps arrived in {timeout} s; {states}"
-            )
+            came = "nothing"
+            if min_steps is not None:
+                came = f"{pool.flow.num_steps_queued} of {min_steps} steps"
+            raise CollectTimeout(f"{came} arrived in {timeout} s; {states}")
         self._usable()
         return pool.flow.take(None if self.config.mode == "sync" else min_steps)
 
@@ -246,12 +250,12 @@ class ParallelManager:
     ) -> list[ExperienceBatch]:
         """Return the batches of the next update of ``run``; none when it is time to end."""
         pool = self._usable()
-        if not await self._wait_for_steps(pool, min_steps or 1, seconds):
+        if not await self._wait_for_steps(pool, min_steps, seconds):
             return []
         pool.raise_failure()
         return [] if self._is_over(pool) else pool.flow.take(min_steps)
 
-    async def _wait_for_steps(self, pool: Pool, steps: int, timeout: float | None) -> bool:
+    async def _wait_for_steps(self, pool: Pool, steps: int | None, timeout: float | None) -> bool:
         """Return whether the steps, or the end of the pool, came in time."""
         try:
             async with asyncio.timeout(timeout):
@@ -273,7 +277,8 @@ class ParallelManager:
 
         They are copied once into shared memory, whatever the number of workers; each worker takes
         the newest version before its next experience. In sync mode a round that is being
-        collected is waited for. When cancelled, the version is either published or not.
+        collected is waited for, and none begins meanwhile. When cancelled, the version is either
+        published or not.
 
         Args:
             weights: A module, or a state dict with dense tensors on any device; copied.
@@ -291,21 +296,27 @@ class ParallelManager:
         pool = self._usable()
         pool.raise_poisoned()
         tensors = tensors_of(weights)
-        if self.config.mode == "sync":
-            await pool.flow.wait_round_over(lambda: self._is_over(pool))
-        version = await pool.communicator.send_model_weights(tensors)
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        self._num_pushes += 1
-        self._bytes_pushed += num_bytes
-        pool.flow.pushed()
-        self._publish(WeightsPushed(version, num_bytes))
-        if self.config.check_finite and not await asyncio.to_thread(_is_finite, tensors):
-            self._num_not_finite += 1
+        async with pool.flow.between_rounds(lambda: self._is_over(pool)):
+            version = await to_completion(self._publish_weights(pool, tensors))
         if wait:
             for worker_id in pool.ready:
                 pool.supervisor.expect_progress(worker_id)
             await pool.communicator.wait_applied(version, list(pool.ready), timeout)
             pool.raise_poisoned()
+        return version
+
+    async def _publish_weights(self, pool: Pool, tensors: dict[str, torch.Tensor]) -> int:
+        """Publish and count: both or none, so it must not be cancelled between the two."""
+        is_finite = True
+        if self.config.check_finite:
+            is_finite = await asyncio.to_thread(_is_finite, tensors)
+        version = await pool.communicator.send_model_weights(tensors)
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self._num_pushes += 1
+        self._bytes_pushed += num_bytes
+        self._num_not_finite += not is_finite
+        pool.flow.pushed()
+        self._publish(WeightsPushed(version, num_bytes))
         return version
 
     @property
@@ -343,7 +354,7 @@ class ParallelManager:
             ManagerStateError: The manager is not running.
         """
         pool = self._usable()
-        chosen = sorted(pool.ready) if worker_ids is None else list(worker_ids)
+        chosen = sorted(pool.ready) if worker_ids is None else list(dict.fromkeys(worker_ids))
         for worker_id in chosen:
             if worker_id not in pool.ready:
                 raise WorkerLost(f"worker {worker_id} is not ready now", worker_id)
@@ -353,9 +364,9 @@ class ParallelManager:
     async def pause(self, timeout: float | None = None) -> None:
         """Return when every worker stands still; nothing is collected until ``resume``.
 
-        Experiences that were being collected are finished and delivered as usual. Commands and
-        weights are still handled. When cancelled, or on an error, the pool is pausing all the
-        same; ``resume`` ends it.
+        Experiences that were being collected are finished first; all that workers have delivered
+        is queued here when this returns. Commands and weights are still handled. When cancelled,
+        or on an error, the pool is pausing all the same; ``resume`` ends it.
 
         Args:
             timeout: Seconds; ``None`` takes ``command_timeout``.

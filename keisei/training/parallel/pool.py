@@ -16,7 +16,7 @@ from keisei.backends.local import LocalBackend
 from keisei.config import ParallelConfig
 from keisei.devices import resolve_devices
 from keisei.events import Event, ExitCause, Incident
-from keisei.exceptions import PoisonedWeights, QueueEnded, QueueWouldBlock, WorkerLost
+from keisei.exceptions import PoisonedWeights, QueueClosed, QueueEnded, WorkerLost
 from keisei.ipc import messages
 from keisei.ipc.status import StatusLine
 from keisei.supervision.exits import LastWords
@@ -39,7 +39,7 @@ class Pool:
         backend: Starts processes.
         ready: The channels of workers that are ready, by worker id.
         num_workers: Slots that are wanted.
-        is_paused: Whether new processes begin paused.
+        is_paused: Whether workers are to stand still.
         seed: The root of all seeds.
     """
 
@@ -95,10 +95,12 @@ class Pool:
     async def close(self) -> None:
         """End every worker, then give everything back."""
         self.flow.wake()
-        await self.supervisor.stop()
-        self.flow.discard_all()
-        await self.communicator.cleanup()
-        await self.backend.aclose()
+        try:
+            await self.supervisor.stop()
+        finally:
+            self.flow.discard_all()
+            await self.communicator.cleanup()
+            await self.backend.aclose()
 
     async def fill(self) -> None:
         """Start a worker in every slot; return when all are ready."""
@@ -120,30 +122,33 @@ class Pool:
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
         self.is_paused = True
-        moving = {key: channel for key, channel in self.ready.items() if not channel.is_paused}
+        for channel in self.ready.values():
+            channel.is_paused = True
         try:
-            await self.communicator.pause(list(moving), timeout)
+            await self.communicator.pause(list(self.ready), timeout)
         except WorkerLost as lost:
             others = [error for error in lost.errors.values() if not isinstance(error, WorkerLost)]
             if others:
                 raise others[0] from None  # the dead stand still; a time-out is one all the same
-        if self.is_paused:
-            for channel in moving.values():
-                channel.is_paused = True
+        for channel in list(self.ready.values()):
+            channel.read_arrived()  # its answer came by another queue, and may have been faster
 
     def resume(self) -> None:
         """Let every worker collect again."""
         self.is_paused = False
-        for worker_id, channel in self.ready.items():
-            channel.is_paused = False
-            self._send(channel, messages.Resume())
-            self.supervisor.expect_progress(worker_id)
+        for channel in self.ready.values():
+            self._set_going(channel)
+
+    def _set_going(self, channel: Channel) -> None:
+        channel.is_paused = False
+        self._send(channel, messages.Resume())
+        self.supervisor.expect_progress(channel.worker_id)
 
     @staticmethod
     def _send(channel: Channel, message: Any) -> bool:
         try:
             channel.send(message)
-        except (QueueWouldBlock, QueueEnded):
+        except (QueueEnded, QueueClosed):
             return False
         return True
 
@@ -194,7 +199,8 @@ class Pool:
         self.supervisor.readied(worker_id, channel.incarnation)
         if self.supervisor.is_ready(worker_id):
             self.ready[worker_id] = channel
-            channel.is_paused = self.is_paused
+            if not self.is_paused:
+                self._set_going(channel)
             self.flow.became_ready(channel)
 
     def _on_trouble(self, channel: Channel, what: str, may_be_dying: bool) -> None:
@@ -208,6 +214,8 @@ class Pool:
     async def launch(self, worker_id: int, incarnation: int) -> ProcessHandle:
         """Make fresh queues and start a process on them."""
         channel = self.communicator.renew(worker_id, incarnation)
+        # Every process begins paused: a pause that comes while it starts must hold for it too.
+        channel.is_paused = True
         endpoints = self.communicator.endpoints(worker_id)
         channel.send(
             messages.Hello(
@@ -220,7 +228,7 @@ class Pool:
                 weights_version=self.communicator.weights_version,
                 threads=self.config.threads_per_worker,
                 slots=self.config.max_queue_size,
-                paused=self.is_paused,
+                paused=True,
                 max_experiences=self.config.max_experiences_per_worker,
                 max_rss=self.config.max_worker_rss,
             )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from keisei import events
 from keisei.events import Incident
+from keisei.exceptions import ManagerStateError
 from keisei.supervision.shutdown import to_completion
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.model_sync import ModelSynchronizer
@@ -127,7 +128,7 @@ class TrainingLoop:
         if isinstance(outcome, Mapping):
             self._metrics = dict(outcome)
         if self._synchronizer.should_sync(self._updates):
-            await self._manager.push_weights(self._learner.state_dict())
+            await self._push()
             self._synchronizer.mark_sync_completed(self._updates)
         stats = self._manager.stats()
         self._manager.publish_update(
@@ -143,6 +144,13 @@ class TrainingLoop:
             )
         )
 
+    async def _push(self) -> None:
+        try:
+            await self._manager.push_weights(self._learner.state_dict())
+        except ManagerStateError:
+            if not self._manager.is_stop_requested:  # by stop() from another task: an orderly end
+                raise
+
     async def _learn(self, batches: list[ExperienceBatch]) -> Any:
         learn = self._learner.learn
         if inspect.iscoroutinefunction(learn):
@@ -152,7 +160,8 @@ class TrainingLoop:
         async def in_thread() -> Any:
             return await loop.run_in_executor(self._thread, learn, batches)
 
-        return await to_completion(in_thread())
+        outcome = await to_completion(in_thread())
+        return await outcome if inspect.isawaitable(outcome) else outcome  # a wrapped "async def"
 
     def _reason_to_end(self) -> str | None:
         if self._manager.is_stop_requested:

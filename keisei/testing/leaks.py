@@ -1,0 +1,197 @@
+"""What this process holds, as a value, and a check that no more is left than before.
+
+::
+
+    with check_no_leaks():
+        asyncio.run(main())
+
+Things are compared by kind and number, not by identity: a fork server that was started anew in
+the place of another is no leak, a second one is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import re
+import select
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+from keisei.backends import launch
+
+_PATIENCE = 2.0
+"""Seconds that children which are ending have, such as the processes of a killed worker."""
+_PROC = Path("/proc")
+_OURS = "keisei*"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What this process holds at one moment, each as kind → number.
+
+    What the system does not tell (children and descriptors, where there is no ``/proc``) is empty.
+
+    Attributes:
+        children: Living processes and zombies that descend from this one, and processes that are
+            tied to its life although their parents have gone.
+        descriptors: Open files, by what they refer to.
+        threads: Python threads.
+        tasks: Unfinished asyncio tasks of the running loop, without the current one.
+        files: Entries of /dev/shm and the directory for temporary files that are named by keisei.
+    """
+
+    children: Counter[str]
+    descriptors: Counter[str]
+    threads: Counter[str]
+    tasks: Counter[str]
+    files: Counter[str]
+
+    @classmethod
+    def now(cls) -> Resources:
+        """Take stock."""
+        return cls(
+            children=Counter(_describe_process(pid) for pid in children()),
+            descriptors=Counter(_descriptors()),
+            threads=Counter(_without_number(thread.name) for thread in threading.enumerate()),
+            tasks=Counter(_tasks()),
+            files=Counter(_files()),
+        )
+
+    def beyond(self, before: Resources) -> list[str]:
+        """Return one line for each kind of thing of which there is more than before."""
+        lines = []
+        for field in fields(self):
+            more = getattr(self, field.name) - getattr(before, field.name)
+            lines += [f"{number} × {field.name}: {kind}" for kind, number in sorted(more.items())]
+        return lines
+
+
+@contextmanager
+def check_no_leaks() -> Iterator[None]:
+    """Check that the body leaves no more behind than there was before.
+
+    Nothing is checked if the body raises.
+
+    Raises:
+        AssertionError: Something was left; every kind of thing is listed.
+    """
+    before = Resources.now()
+    yield
+    left = left_since(before)
+    if left:
+        raise AssertionError("\n  - ".join(["something was left behind:", *left]))
+
+
+def left_since(before: Resources) -> list[str]:
+    """Return one line for each kind of thing that was left behind since ``before``.
+
+    What only waits for the garbage collector is collected, and children that are ending are given
+    two seconds.
+    """
+    if not Resources.now().beyond(before):
+        return []
+    gc.collect()
+    if (Resources.now().children - before.children).total() > 0:
+        _wait_for_ends(children())
+    return Resources.now().beyond(before)
+
+
+def children() -> list[int]:
+    """Return the pids of all processes that descend from this one or are tied to its life."""
+    processes = dict(_processes())
+    own_start = processes[os.getpid()].start if processes else 0
+    found = {os.getpid()}
+    while more := {pid for pid, one in processes.items() if one.parent in found} - found:
+        found |= more
+    younger = {pid for pid, one in processes.items() if one.start >= own_start}
+    found |= {pid for pid in younger - found if _is_tied_to_us(pid)}
+    return sorted(found - {os.getpid()})
+
+
+class _Process(NamedTuple):
+    parent: int
+    start: int
+
+
+def _processes() -> Iterator[tuple[int, _Process]]:
+    for entry in _PROC.glob("[0-9]*"):
+        try:
+            stat = (entry / "stat").read_bytes()
+        except OSError:
+            continue  # it has ended in between
+        words = stat.rpartition(b")")[2].split()
+        yield int(entry.name), _Process(parent=int(words[1]), start=int(words[19]))
+
+
+def _is_tied_to_us(pid: int) -> bool:
+    """Return whether a process holds the other end of our lifeline."""
+    ours = f"pipe:[{os.fstat(launch.lifeline.read_end()).st_ino}]"
+    return any(target == ours for target in _targets(pid))
+
+
+def _targets(pid: int | str) -> Iterator[str]:
+    try:
+        links = list((_PROC / str(pid) / "fd").iterdir())
+    except OSError:
+        return  # another user's, or it has ended
+    for link in links:
+        try:
+            yield str(link.readlink())
+        except OSError:
+            continue  # closed in between
+
+
+def _describe_process(pid: int) -> str:
+    try:
+        command = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return "a process that is ending"
+    return _without_number(command.strip()[:120]) or "a zombie"
+
+
+def _descriptors() -> list[str]:
+    return [re.sub(r":\[\d+\]", "", target) for target in _targets("self")]
+
+
+def _without_number(text: str) -> str:
+    return re.sub(r"\d+", "…", text)
+
+
+def _tasks() -> list[str]:
+    try:
+        current = asyncio.current_task()
+        tasks = asyncio.all_tasks()
+    except RuntimeError:
+        return []  # no loop is running
+    return [getattr(task.get_coro(), "__qualname__", "?") for task in tasks - {current}]
+
+
+def _files() -> list[str]:
+    folders = {Path("/dev/shm"), Path(tempfile.gettempdir())}  # noqa: S108 - it is looked at only
+    return [str(path) for folder in folders for path in folder.glob(_OURS)]
+
+
+def _wait_for_ends(pids: list[int]) -> None:
+    if not hasattr(os, "pidfd_open"):
+        return
+    deadline = time.monotonic() + _PATIENCE
+    for pid in pids:
+        if pid == launch.server.pid:
+            continue
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        try:
+            select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+        finally:
+            os.close(fd)
