@@ -1,0 +1,224 @@
+"""The leak check finds every kind of thing that can be left, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from keisei.backends import launch
+from keisei.ipc import memory
+from keisei.testing.leaks import Resources, check_no_leaks, children
+
+WAIT = "import sys; sys.stdin.read()"
+
+
+def start(program=WAIT, **options):
+    """Start a Python process that ends when its standard input is closed."""
+    return subprocess.Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, **options)
+
+
+def end(process):
+    process.stdin.close()
+    process.wait(30)
+
+
+def test_nothing_left_is_nothing_found():
+    """What is given back in the body leaves no trace."""
+    with check_no_leaks():
+        end(start())
+        os.close(os.dup(1))
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+
+
+def test_a_child_process_is_found():
+    """A child that lives is listed with its command."""
+    before = Resources.now()
+    process = start()
+    (line, *_) = Resources.now().beyond(before)
+    end(process)
+    assert line.startswith("1 × children: ")
+    assert "sys.stdin.read()" in line
+
+
+def test_a_grandchild_is_found():
+    """Processes are looked for through all generations."""
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {WAIT!r}])"
+    before = set(children())
+    process = start(program, stdout=subprocess.PIPE)
+    try:
+        while len(set(children()) - before) < 2:
+            assert process.poll() is None
+        assert process.pid in children()
+    finally:
+        process.stdout.close()
+        end(process)
+    assert set(children()) == before
+
+
+def test_a_zombie_is_found():
+    """A child that has ended and was not waited for is a leak as well."""
+    before = Resources.now()
+    pid = os.posix_spawn(sys.executable, [sys.executable, "-S", "-c", ""], {})
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert Resources.now().beyond(before) == ["1 × children: a zombie"]
+    os.waitpid(pid, 0)
+    assert Resources.now().beyond(before) == []
+
+
+def test_an_orphan_that_is_tied_to_us_is_found():
+    """A process whose parent has gone is ours as long as it holds our lifeline."""
+    end_of_line = launch.lifeline.read_end()
+    program = "import os, sys\nif os.fork(): os._exit(0)\nsys.stdin.read()"
+    before = children()
+    process = start(program, pass_fds=[end_of_line])
+    process.wait(30)
+    (orphan,) = set(children()) - set(before)
+    fd = os.pidfd_open(orphan)
+    try:
+        process.stdin.close()
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        with check_no_leaks():
+            pass
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file", "socket"])
+def test_a_descriptor_is_found(kind):
+    """Each open descriptor counts, by what it refers to."""
+    before = Resources.now()
+    if kind == "pipe":
+        fds = os.pipe()
+        expected = ["2 × descriptors: pipe"]
+    elif kind == "file":
+        fds = [os.open(__file__, os.O_RDONLY)]
+        expected = [f"1 × descriptors: {Path(__file__).resolve()}"]
+    else:
+        fds = [launch.socket.socket().detach()]
+        expected = ["1 × descriptors: socket"]
+    assert Resources.now().beyond(before) == expected
+    for fd in fds:
+        os.close(fd)
+    assert Resources.now().beyond(before) == []
+
+
+def test_a_thread_is_found():
+    """A Python thread that runs counts, by its name."""
+    go_on = threading.Event()
+    before = Resources.now()
+    thread = threading.Thread(target=go_on.wait, name="worker-12")
+    thread.start()
+    assert Resources.now().beyond(before) == ["1 × threads: worker-…"]
+    go_on.set()
+    thread.join()
+
+
+async def test_a_task_is_found():
+    """An unfinished task of the running loop counts, by its coroutine."""
+    before = Resources.now()
+    task = asyncio.create_task(asyncio.Event().wait())
+    assert Resources.now().beyond(before) == ["1 × tasks: Event.wait"]
+    task.cancel()
+    await asyncio.wait([task])
+    assert Resources.now().beyond(before) == []
+
+
+def test_a_file_of_ours_is_found():
+    """An entry named by keisei, where temporary things lie, counts."""
+    before = Resources.now()
+    with tempfile.NamedTemporaryFile(prefix="keisei-") as file:
+        lines = Resources.now().beyond(before)
+        assert f"1 × files: {file.name}" in lines
+    assert Resources.now().beyond(before) == []
+
+
+def test_everything_left_is_listed_in_the_error():
+    """The error of the check has a line for each kind of thing."""
+    fds = []
+
+    @check_no_leaks()
+    def leave_some():
+        fds.extend([*os.pipe(), os.open(__file__, os.O_RDONLY)])
+
+    with pytest.raises(AssertionError) as caught:
+        leave_some()
+    assert str(caught.value).splitlines() == [
+        "something was left behind:",
+        f"  - 1 × descriptors: {Path(__file__).resolve()}",
+        "  - 2 × descriptors: pipe",
+    ]
+    for fd in fds:
+        os.close(fd)
+
+
+def test_an_error_of_the_body_is_not_hidden():
+    """Nothing is checked when the body has failed by itself."""
+    fds = []
+
+    @check_no_leaks()
+    def fail():
+        fds.extend(os.pipe())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    for fd in fds:
+        os.close(fd)
+
+
+def test_one_in_the_place_of_another_is_no_leak():
+    """Numbers count, not identities."""
+    process = start()
+    with check_no_leaks():
+        end(process)
+        process = start()
+    end(process)
+
+
+def test_what_only_waits_for_the_garbage_collector_is_no_leak():
+    """Things in a cycle are collected before anybody is blamed."""
+    with check_no_leaks():
+        fd, shared = memory.create(1)
+        os.close(fd)
+        cycle = [shared]
+        cycle.append(cycle)
+        del cycle, shared
+
+
+def test_the_fixture_fails_the_test_that_leaks(tmp_path):
+    """The pytest plugin needs nothing but pytest, and blames the right tests."""
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["keisei.testing.pytest_plugin"]')
+    (tmp_path / "test_leaking.py").write_text(
+        "import asyncio, os, pytest\n"
+        "pytestmark = pytest.mark.usefixtures('no_leaks')\n"
+        "def test_clean(): pass\n"
+        "def test_leaking(): os.dup(1)\n"
+        "def test_unheard():\n"
+        "    async def main():\n"
+        "        asyncio.get_running_loop().call_soon(int, 'x')\n"
+        "    asyncio.run(main())\n"
+    )
+    result = subprocess.run(
+        [
+            *[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+            *["-p", "no:asyncio", "-p", "no:anyio", str(tmp_path)],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert "3 passed, 2 errors" in result.stdout
+    assert "ERROR test_leaking.py::test_leaking - Failed: left behind: 1 × desc" in result.stdout
+    assert "ERROR test_leaking.py::test_unheard - Failed: left behind: Exception" in result.stdout
