@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from soak_workers import WEIGHTS, SoakWorker
 
 from keisei import ExperienceBatch, ParallelManager
 from keisei.events import ExitCause
 from keisei.testing.chaos import ChaosMonkey
 from keisei.testing.failpoints import armed
 from keisei.testing.leaks import Resources, left_since
+from soak_workers import WEIGHTS, SoakWorker
 
 FAULTS = ("kill", "kill", "terminate", "segfault", "stop", "raise", "exit", "hang", "garbage")
 CAUSES = {

@@ -32,7 +32,7 @@ from keisei import (
     WorkerLost,
     WorkerStartError,
 )
-from keisei.events import ExitCause, Remedy, WorkerIncident, WorkerReady, WorkerSuspected
+from keisei.events import ExitCause, Remedy, WorkerSuspected
 from keisei.testing.failpoints import (
     Failpoint,
     Gate,
@@ -60,6 +60,7 @@ def a_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
 
 
+@pytest.mark.usefixtures("_warm_fork_server")
 class TestParallelSystem:
     """The audit's tests of the communication between the pool and its workers."""
 
@@ -289,8 +290,6 @@ async def test_training_with_a_crash_and_a_pool_that_grows(make_manager):
     assert manager.stats().num_dropped == 0
 
 
-
-
 def a_line() -> torch.nn.Module:
     return torch.nn.Linear(1, 1)
 
@@ -439,7 +438,7 @@ class TestFailureScenarios:
             assert incident.cause in causes
 
     async def test_communication_timeout(self, make_manager):
-        """A command to a worker that is busy times out by name; the worker and its queue live on."""
+        """A command to a busy worker times out by name; the worker and its queue live on."""
         with Gate() as gate:
             worker = armed(Counting, Failpoint("collect", gate.hold, worker_id=0, hit=1))
             async with fail_after(LIMIT), make_manager(worker) as manager:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from soak import CAUSES, soak_and_check
 
 

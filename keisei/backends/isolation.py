@@ -96,7 +96,7 @@ class SharedProcess:
                 return done.value
             try:
                 value = yield future
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - passed on to the hook that waits
                 send = _throw(steps, error)
             else:
                 send = _send(steps, value)

@@ -11,9 +11,8 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Generator
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import Isolation
@@ -25,6 +24,10 @@ from keisei.ipc.status import Phase
 from keisei.ipc.weights import WeightsReader
 from keisei.worker import Experience, Worker, WorkerContext
 
+if TYPE_CHECKING:
+    import torch
+
+_STATM = Path("/proc/self/statm")
 _RSS_MASK = 63
 """The peak memory is noted at one experience of 64: asking costs as much as sending a frame."""
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -365,8 +368,7 @@ def _num_steps(experience: Experience, layout: Layout) -> int:
 def _resident() -> int:
     """Return this process's resident memory in bytes, the peak where the present is unknown."""
     try:
-        with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
+        return int(_STATM.read_bytes().split()[1]) * resource.getpagesize()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
