@@ -84,7 +84,7 @@ def start_grandchild(fifo: str) -> int:
 def hold_the_gil() -> None:
     """Stay in C and keep the interpreter's lock."""
     while True:
-        ctypes.PyDLL(None).usleep(900_000_000)
+        ctypes.PyDLL(None).pause()
 
 
 def segfault() -> None:
