@@ -1,4 +1,8 @@
-"""Learners, observers and processes of ``test_parallel_system.py``."""
+"""Learners, workers and processes of ``test_parallel_system.py``.
+
+What goes to child processes must stand in a module that they can import, which a test module is
+not where the installed package is tested.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,31 @@ from keisei.supervision.process import ProcessHandle
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import WorkerCommunicator
 from keisei.training.parallel.factory import pickle_factory
+from pool_workers import Modelled
+
+
+def a_model() -> torch.nn.Module:
+    """Return the model that workers and learners of these tests have."""
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+
+
+def a_line() -> torch.nn.Module:
+    """Return a model of one weight and one bias."""
+    return torch.nn.Linear(1, 1)
+
+
+class ModelledBy(Modelled):
+    """Delivers the state dict of ``a_model``."""
+
+    def __init__(self) -> None:
+        super().__init__(a_model)
+
+
+class LinearWorker(Modelled):
+    """Delivers the weight of a small linear model, as one step."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: torch.nn.Linear(2, 1, bias=False))
 
 
 class RecordingLearner:

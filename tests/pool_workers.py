@@ -346,6 +346,16 @@ def close_and_stay() -> None:
     threading.Event().wait()
 
 
+def a_model(seed: int = 0) -> torch.nn.Module:
+    """Return a model with parameters of two shapes and a buffer."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4),
+        torch.nn.BatchNorm1d(4),
+        torch.nn.Linear(4, 2, dtype=torch.float64),
+    )
+
+
 def no() -> None:
     """Raise the error of the tests."""
     raise ValueError("no, because of the test")

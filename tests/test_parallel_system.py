@@ -49,15 +49,17 @@ from keisei.testing.failpoints import (
 )
 from keisei.testing.leaks import Resources, check_no_leaks, left_since
 from keisei.testing.scenarios import fail_after, next_event
-from parallel_system_helpers import RecordingLearner, worker_processes
-from pool_workers import Counting, Modelled, Reporting, turn
+from parallel_system_helpers import (
+    LinearWorker,
+    ModelledBy,
+    RecordingLearner,
+    a_line,
+    a_model,
+    worker_processes,
+)
+from pool_workers import Counting, Reporting, turn
 
 LIMIT = 60.0
-
-
-def a_model() -> torch.nn.Module:
-    """Return the model that workers and learners of these tests have."""
-    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
 
 
 @pytest.mark.usefixtures("_warm_fork_server")
@@ -230,13 +232,6 @@ class TestModelSynchronization:
         assert synchronizer.get_sync_stats().last_sync_step == 11
 
 
-class ModelledBy(Modelled):
-    """Delivers the state dict of ``a_model``."""
-
-    def __init__(self) -> None:
-        super().__init__(a_model)
-
-
 # what the audit recommended
 
 
@@ -260,13 +255,6 @@ async def test_full_parallel_training_cycle(make_manager, backend):
         assert [batch.data["weight"].tolist() for batch in batches] == [[[number, number]]] * 2
 
 
-class LinearWorker(Modelled):
-    """Delivers the weight of a small linear model, as one step."""
-
-    def __init__(self) -> None:
-        super().__init__(lambda: torch.nn.Linear(2, 1, bias=False))
-
-
 async def test_training_with_a_crash_and_a_pool_that_grows(make_manager):
     """Collect, learn, push, crash, recover, scale: a model is fitted from end to end."""
     learner = FittingLearner()
@@ -288,10 +276,6 @@ async def test_training_with_a_crash_and_a_pool_that_grows(make_manager):
     assert second.weights_version == 51
     assert manager.stats().num_batches == 20 + 120
     assert manager.stats().num_dropped == 0
-
-
-def a_line() -> torch.nn.Module:
-    return torch.nn.Linear(1, 1)
 
 
 class FittingLearner:

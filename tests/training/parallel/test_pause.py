@@ -57,6 +57,7 @@ async def test_pause_waits_for_what_is_being_collected(make_manager, mode):
             collecting = asyncio.create_task(manager.collect(min_steps=2))
             held = [await gate.visitor(), await gate.visitor()]
             pausing = asyncio.create_task(manager.pause())
+            await pool_workers.turn()  # it is told to both before one of them can go on
             held[0].release()
             await asyncio.wait([pausing], timeout=0.05)
             assert not pausing.done()

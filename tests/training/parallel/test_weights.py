@@ -22,14 +22,9 @@ from keisei.exceptions import (
 )
 from keisei.testing.failpoints import Failpoint, Gate, armed, kill
 from keisei.testing.scenarios import fail_after, next_event
+from pool_workers import a_model
 
 BACKENDS = pytest.mark.parametrize("backend", ["local", "inline"])
-
-
-def a_model(seed=0):
-    """Return a model with parameters of two shapes and a buffer."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2, dtype=torch.float64))
 
 
 def same(batch, model):
