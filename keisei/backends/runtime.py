@@ -212,6 +212,7 @@ class WorkerRuntime:
         if self._status.committed & _RSS_MASK == 1:
             self._status.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         await self._ends.experience.put(payload, fds=fds)
+        await self._ends.experience.flush()  # before the next collect keeps the loop from it
         if fds:
             self._ring.told()
 

@@ -58,6 +58,7 @@ class Resources:
     @classmethod
     def now(cls) -> Resources:
         """Take stock."""
+        launch.lifeline.read_end()  # made once for a process, at the latest by the look at children
         return cls(
             children=Counter(_describe_process(pid) for pid in children()),
             descriptors=Counter(_descriptors()),
