@@ -209,10 +209,19 @@ class Growing(Worker):
 
 
 class Knowing(Counting):
-    """Tells what its context says."""
+    """Tells what its context says, and how many threads torch has."""
 
     def on_command(self, command: str, data: Any) -> Any:
-        return getattr(self.context, command)
+        return torch.get_num_threads() if command == "threads" else getattr(self.context, command)
+
+
+class Allergic(Counting):
+    """Cannot stand weights that are not finite."""
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        if not torch.isfinite(weights["w"]).all():
+            raise ArithmeticError(f"version {version} is not finite")
+        super().load_weights(weights, version)
 
 
 class Stubborn(Counting):

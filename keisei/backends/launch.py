@@ -282,8 +282,8 @@ class Launched:
         with self._lock:
             if self.returncode is None:
                 code = self._reported(flag) if self._forked else self._waited(flag)
-                self.is_lost = code is _LOST
-                self.returncode = 255 if code is _LOST else code
+                self.is_lost = code == _LOST
+                self.returncode = 255 if self.is_lost else code
             return self.returncode
 
     def _reported(self, flag: int) -> int | None:

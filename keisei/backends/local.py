@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import os
 import signal
@@ -80,7 +81,11 @@ class LocalBackend:
         try:
             async with self._starts:
                 start = self._described(endpoints, name)
-                starting = _in_thread(start.run, start.undo)
+                try:
+                    starting = _in_thread(start.run, start.undo)
+                except OSError:
+                    start.drop()
+                    raise
                 try:
                     await asyncio.shield(starting)
                 except asyncio.CancelledError:
@@ -91,7 +96,7 @@ class LocalBackend:
         try:
             return LocalProcess(start.process, start.pidfd, start.crash_fd)
         except BaseException:
-            _in_thread(start.undo)
+            _aside(start.undo)
             raise
 
     def _described(self, endpoints: WorkerEndpoints, name: str) -> _Start:
@@ -107,13 +112,13 @@ class LocalBackend:
     def abort_starts(self) -> None:
         """End the fork server, whose import of the preloaded modules may be what hangs."""
         if self._preload is not None:
-            threading.Thread(target=launch.server.abort, name="keisei-abort", daemon=True).start()
+            _aside(launch.server.abort)
 
     async def aclose(self) -> None:
         """Let the fork server go; it ends when nobody else keeps it."""
         was_open, self._is_open = self._is_open, False
         if was_open and self._preload is not None:
-            await asyncio.shield(_in_thread(launch.server.release))
+            await asyncio.shield(_aside(launch.server.release))
 
 
 class _Start:
@@ -134,8 +139,16 @@ class _Start:
             os.close(self.crash_fd)
             raise
         finally:
-            for fd in self._fds:
-                os.close(fd)
+            self._close_fds()
+
+    def drop(self) -> None:
+        """Close everything, in place of ``run``."""
+        os.close(self.crash_fd)
+        self._close_fds()
+
+    def _close_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
 
     def _opened_pidfd(self) -> int | None:
         if not hasattr(os, "pidfd_open"):
@@ -158,7 +171,7 @@ class _Start:
     def undo_later(self, started: asyncio.Future[None]) -> None:
         """Hear that the start is done, when nobody waits for it any more."""
         if started.exception() is None:
-            _in_thread(self.undo)
+            _aside(self.undo)
 
     def _end(self) -> None:
         self.process.kill()
@@ -174,6 +187,9 @@ def _in_thread(
     Args:
         work: What may block.
         undo: Called in the thread after ``work`` if the event loop is closed by then.
+
+    Raises:
+        OSError: There is no room for a thread.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
@@ -200,8 +216,22 @@ def _in_thread(
                 undo()
 
     thread = threading.Thread(target=run, name="keisei-start", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise BlockingIOError(errno.EAGAIN, str(error)) from error
     return future
+
+
+def _aside(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Run short ``work`` that must be done in a thread, or here if there is no room for one."""
+    try:
+        return _in_thread(work)
+    except OSError:
+        work()
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
 
 
 class LocalProcess:
@@ -257,7 +287,7 @@ class LocalProcess:
             # Its descriptors are closed, but it is still ending. Not worth a wait in the loop.
             self._unwatch()
             join = functools.partial(self._process.aio_process.join, _EXIT_CODE_PATIENCE)
-            _in_thread(join).add_done_callback(lambda _: self._settle(self._process.exit_code()[1]))
+            _aside(join).add_done_callback(lambda _: self._settle(self._process.exit_code()[1]))
 
     def _settled(self) -> bool:
         is_known, code = self._process.exit_code()

@@ -155,12 +155,14 @@ class Supervisor:
             self._changed.clear()
             if self.failure is not None:
                 raise self.failure
-            if all(
-                slot.status is SlotStatus.RUNNING or slot.status.is_terminal
-                for slot in self._pool.slots.values()
-            ):
+            if all(self._is_settled(worker_id) for worker_id in self._pool.slots):
                 return
             await self._changed.wait()
+
+    def _is_settled(self, worker_id: int) -> bool:
+        if self.is_ready(worker_id):
+            return self._running[worker_id].handle is not None  # it may be ready before that
+        return self.is_closed(worker_id)
 
     async def stop(self) -> None:
         """End every process and return when all are gone or abandoned.
@@ -238,6 +240,7 @@ class Supervisor:
 
     def _on_started(self, running: Incarnation, handle: ProcessHandle) -> None:
         worker_id, number = running.worker_id, running.incarnation
+        self._changed.set()
         self._publish(events.WorkerStarted(worker_id, number, running.pid))
         if running.is_ready:  # its own word came first
             self._tell_ready(running)

@@ -98,15 +98,32 @@ async def test_hurry_lengthens_nothing(monkeypatch):
     assert await end(FakeHandle(kill=-9), grace=0.01, hurry=hurry)
 
 
-async def test_a_process_that_ends_in_a_hurry_is_gone():
-    """An end within the shortened grace ends the wait."""
+async def test_a_process_that_ends_in_a_hurry_is_gone(monkeypatch):
+    """There is a grace even then, and an end within it is enough."""
+    monkeypatch.setattr(shutdown, "HURRIED_GRACE", FOREVER)
     handle, hurry = FakeHandle(), asyncio.Event()
     ending = asyncio.create_task(end(handle, grace=FOREVER, hurry=hurry))
     await turn()
     hurry.set()
+    await turn()
+    assert not ending.done()
     handle.exit()
     assert await ending
     assert handle.calls == ["ask"]
+
+
+async def test_each_rung_has_its_own_grace(monkeypatch):
+    """The question has all of it, SIGTERM a quarter more, and SIGKILL what a kill takes."""
+    graces = []
+
+    async def record(work, seconds: float, hurry: asyncio.Event | None = None) -> bool:
+        work.close()
+        graces.append((seconds, hurry is not None))
+        return False
+
+    monkeypatch.setattr(shutdown, "within", record)
+    assert not await end(FakeHandle(), grace=8.0)
+    assert graces == [(8.0, True), (2.0, True), (shutdown.KILL_GRACE, False)]
 
 
 async def test_an_end_that_is_cancelled_leaves_no_task_behind():

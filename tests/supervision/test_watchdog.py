@@ -245,6 +245,19 @@ def test_pokes_do_not_keep_a_hung_worker_alive(time, watched, is_idle):
     assert watched.hung[0] == pytest.approx(10.0, abs=0.11)
 
 
+def test_pokes_do_not_keep_a_worker_alive_that_hangs_after_a_move(time, watched):
+    """A move that was seen already is not seen anew by every poke."""
+    watched.watchdog.poke()
+    time.pass_by(1.0)
+    watched.move()
+    watched.is_idle = True
+    time.pass_by(4.5)
+    for _ in range(70):
+        watched.watchdog.poke()
+        time.pass_by(0.1)
+    assert watched.hung == pytest.approx([10.0], abs=0.11)
+
+
 def test_a_shorter_deadline_counts_from_the_poke_on(time, watched):
     """A timer that was set for a long phase does not delay what a short one needs."""
     watched.deadline = 60.0

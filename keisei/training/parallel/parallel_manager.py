@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 
@@ -86,7 +87,7 @@ class ParallelManager:
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pool: Pool | None = None
-        self._streams: set[EventStream] = set()
+        self._streams: WeakSet[EventStream] = WeakSet()
         self._stopping: asyncio.Task[None] | None = None
         self._stop_requested = False
         self._started_at = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableSet
 
 from keisei.events import Event
 from keisei.training.parallel.batch import ExperienceBatch
@@ -35,7 +35,7 @@ class EventStream:
         num_missed: Events that were dropped because nobody took them.
     """
 
-    def __init__(self, streams: set[EventStream]) -> None:
+    def __init__(self, streams: MutableSet[EventStream]) -> None:
         self._streams = streams
         self._events: deque[Event] = deque()
         self._changed = asyncio.Event()

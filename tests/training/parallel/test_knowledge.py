@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import os
 import signal
+import weakref
 from functools import partial
 
 import pytest
@@ -17,6 +19,7 @@ from keisei import events as ev
 from keisei.events import ExitCause, Remedy
 from keisei.testing.failpoints import Failpoint, Gate, armed, exit_now, kill
 from keisei.testing.scenarios import fail_after, next_event
+from keisei.training.parallel.seeds import worker_seed
 
 BACKENDS = pytest.mark.parametrize("backend", ["local", "inline"])
 
@@ -120,6 +123,33 @@ async def test_workers_tells_what_each_slot_is_doing(make_manager, backend):
             await manager.push_weights({"w": torch.zeros(1)}, wait=True)
             assert [info.weights_version for info in manager.workers] == [2, 2]
             assert sum(info.experiences for info in manager.workers) >= 10
+
+
+async def test_a_worker_is_told_about_itself(make_manager):
+    """Its context has the slot, the incarnation, the seed, the device and the newest version."""
+    config = {"worker_device_map": ["cpu", "cuda:3"], "threads_per_worker": 2}
+    manager = make_manager(pool_workers.Knowing, model=torch.nn.Linear(1, 1), **config)
+    events = manager.events()
+    async with fail_after(30), manager:
+        expected = {
+            "worker_id": {0: 0, 1: 1},
+            "incarnation": {0: 0, 1: 0},
+            "num_workers": {0: 2, 1: 2},
+            "seed": {0: worker_seed(7, 0, 0), 1: worker_seed(7, 1, 0)},
+            "device": {0: "cpu", 1: "cuda:3"},
+            "weights_version": {0: 1, 1: 1},
+            "threads": {0: 2, 1: 2},
+        }
+        for fact, values in expected.items():
+            assert await manager.send_command(fact) == values, fact
+        assert [info.device for info in manager.workers] == ["cpu", "cuda:3"]
+        os.kill(manager.workers[1].pid, signal.SIGKILL)
+        await next_event(events, ev.WorkerReady, lambda event: event.incarnation == 1)
+        assert await manager.send_command("incarnation") == {0: 0, 1: 1}
+        assert await manager.send_command("seed") == {
+            0: worker_seed(7, 0, 0),
+            1: worker_seed(7, 1, 1),
+        }
 
 
 async def test_health_is_every_slot_being_ready(make_manager):
@@ -316,6 +346,19 @@ async def test_event_streams_are_independent(make_manager):
     assert [type(event) async for event in second][-1] is ev.PoolStopped
     assert [type(event) async for event in early][-1] is ev.PoolStopped
     assert [event async for event in manager.events()] == []
+
+
+async def test_a_stream_that_is_forgotten_keeps_nothing(make_manager):
+    """Events are not kept for a reader that has gone."""
+    manager = make_manager(pool_workers.Counting, backend="inline")
+    stream = manager.events()
+    gone = weakref.ref(stream)
+    async with fail_after(30), manager:
+        async for _ in stream:
+            break
+        del stream
+        gc.collect()
+        assert gone() is None
 
 
 async def test_two_managers_know_nothing_of_each_other(make_manager):

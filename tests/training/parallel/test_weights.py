@@ -15,6 +15,7 @@ import pool_workers
 from keisei.events import WeightsPushed, WorkerIncident
 from keisei.exceptions import (
     CommandTimeout,
+    PoisonedWeights,
     PoolExhausted,
     WeightsError,
     WorkerLost,
@@ -96,8 +97,8 @@ async def test_wait_returns_when_every_worker_has_them(make_manager):
 async def test_a_wait_that_times_out_names_the_worker_and_leaves_them_published(make_manager):
     """The version is there; the busy worker takes it before its next experience."""
     with Gate() as gate:
-        worker = armed(pool_workers.Counting, Failpoint("collect", gate.hold, worker_id=0))
-        async with fail_after(30), make_manager(worker) as manager:
+        worker = armed(pool_workers.Counting, Failpoint("collect", gate.hold))
+        async with fail_after(30), make_manager(worker, num_workers=1) as manager:
             held = await gate.visitor()
             with pytest.raises(
                 CommandTimeout, match=r"worker 0 has not applied weights version 1 within 0.05 s"
@@ -195,6 +196,28 @@ async def test_the_first_weights_may_be_pushed_while_a_worker_is_replaced(make_m
             while manager.stats().num_ready < 2:
                 await manager.collect()
             assert await manager.send_command("version") == {0: 2, 1: 2}
+
+
+async def test_weights_that_kill_their_workers_are_withdrawn(make_manager):
+    """After three slots died of a version the one before is back; the publisher is told, once."""
+    manager = make_manager(pool_workers.Allergic, num_workers=3)
+    async with fail_after(30), manager:
+        assert await manager.push_weights({"w": torch.ones(2)}, wait=True) == 1
+        assert await manager.push_weights({"w": torch.full((2,), float("nan"))}) == 2
+        async for batch in manager.experiences():
+            if batch.weights_version == 3:
+                break
+        with pytest.raises(PoisonedWeights, match="version 2 was withdrawn") as caught:
+            await manager.push_weights({"w": torch.ones(2)})
+        assert (caught.value.version, caught.value.replacement) == (2, 3)
+        assert {incident.weights_version for incident in manager.incidents} == {2}
+        assert {incident.phase for incident in manager.incidents} == {"load_weights"}
+        assert {incident.worker_id for incident in manager.incidents} == {0, 1, 2}
+        assert manager.weights_version == 3
+        assert await manager.push_weights({"w": torch.ones(2)}, wait=True) == 4
+        while manager.stats().num_ready < 3:
+            await manager.collect()
+        assert await manager.send_command("version") == {0: 4, 1: 4, 2: 4}
 
 
 class PushingAtIncidents:
