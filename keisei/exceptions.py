@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from keisei.events import Incident
 
 
+_STDERR_LINES = 20
+
+
 class KeiseiError(Exception):
     """Base of every error raised by the library."""
 
@@ -84,6 +87,9 @@ class PoolExhausted(KeiseiError):
         lines += [f"  - {incident.summary}" for incident in self.incidents[-5:]]
         if self.incidents and self.incidents[-1].traceback:
             lines += ["", "The last failure in full:", self.incidents[-1].traceback.rstrip()]
+        if self.incidents and self.incidents[-1].stderr:
+            last = self.incidents[-1].stderr.splitlines()[-_STDERR_LINES:]
+            lines += ["", "The last lines of its standard error:", *last]
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,7 +126,8 @@ class WorkerError(KeiseiError):
         worker_id: The slot, 0 … n-1.
         incarnation: Which process of that slot.
         exitcode: The exit code, minus the signal's number after a signal, or ``None``.
-        remote_traceback: The traceback of the worker's process, as text, or ``None``.
+        remote_traceback: The traceback of the worker's process, or else the last lines of its
+            standard error, as text, or ``None``.
         replies: For commands: the answers of the workers that did answer.
         errors: For commands: the errors of all that did not, by worker id.
     """

@@ -83,6 +83,14 @@ class _Listener:
             self.told.append(event.incident)
 
 
+@asynccontextmanager
+async def watched(manager: ParallelManager) -> AsyncIterator[tuple[ParallelManager, EventStream]]:
+    """Run a pool, with its events from the first on: workers may fail while others still start."""
+    events = manager.events()
+    async with manager:
+        yield manager, events
+
+
 async def next_incident(events: EventStream) -> Incident:
     return (await next_event(events, WorkerIncident)).incident
 

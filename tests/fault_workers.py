@@ -177,6 +177,25 @@ def shout() -> None:
     ctypes.CDLL(None).puts(b"from C")
 
 
+SHOUTED = "y" * 99
+NUM_SHOUTED = 100_000
+
+
+def shout_and_die(last_line: bytes) -> None:
+    """Write 10 MB to standard error, from Python and past it, then crash."""
+    for _ in range(NUM_SHOUTED // 2):
+        os.write(2, f"{SHOUTED}\n".encode())
+        sys.stderr.write(f"{SHOUTED}\n")
+    sys.stderr.flush()
+    os.write(2, last_line)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def complain_and_exit() -> NoReturn:
+    os.write(2, b"no display\n")
+    os._exit(1)
+
+
 def close_standard_streams() -> None:
     for fd in (0, 1, 2):
         os.close(fd)

@@ -17,6 +17,7 @@ import sys
 from typing import NoReturn
 
 _F_SETSIG = 10
+_STDERR = 2
 
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
 """Makes a worker write its stacks; chosen far from what applications use."""
@@ -116,18 +117,23 @@ def run(data: int, fds: list[int], lifeline: int) -> int:
 
     Args:
         data: multiprocessing's preparation data and process object, pickled.
-        fds: Descriptors for the process object's code; the last is the crash file.
+        fds: Descriptors for the process object's code; then the pipe that becomes standard error,
+            and the crash file.
         lifeline: The read end of the application's lifeline pipe. To multiprocessing it is the
             parent's sentinel.
     """
     from multiprocessing import spawn
 
+    *own, stderr, crash = fds
+    if _STDERR not in (data, lifeline, *fds):  # the application has one
+        os.dup2(stderr, _STDERR)
+        os.close(stderr)
     lead_own_group()
     tie_to(lifeline)
-    heed_signals(fds[-1])
-    for fd in (lifeline, *fds):
+    heed_signals(crash)
+    for fd in (lifeline, crash, *own):
         os.set_inheritable(fd, False)
-    Inherited.fds = tuple(fds)
+    Inherited.fds = tuple(own)
     try:
         code: int = spawn._main(data, lifeline)  # noqa: SLF001 - what "spawn" itself runs
     except BaseException as error:  # noqa: BLE001 - SystemExit of a main script too

@@ -75,6 +75,10 @@ class InlineProcess:
         error = None if self._task.cancelled() else self._task.exception()
         return "" if error is None else "".join(traceback.format_exception(error))
 
+    def stderr_tail(self) -> str:
+        """Return "": its standard error is the application's."""
+        return ""
+
     def state(self) -> str:
         """Return ""."""
         return ""

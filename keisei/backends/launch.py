@@ -235,7 +235,7 @@ class Launched:
         sentinel: Readable once it has ended.
         returncode: Its exit code once that was read; 255 also if nobody can know it.
         is_lost: Nobody can know it.
-        is_abandoned: It cannot be killed; nobody shall wait for it.
+        is_abandoned: It cannot be killed; nobody waits for it, and ``sentinel`` is closed.
     """
 
     method = "keisei"
@@ -280,7 +280,7 @@ class Launched:
     def poll(self, flag: int = os.WNOHANG) -> int | None:
         """Return the exit code once the process has ended; 255 if nobody can know it."""
         with self._lock:
-            if self.returncode is None:
+            if self.returncode is None and not self.is_abandoned:
                 code = self._reported(flag) if self._forked else self._waited(flag)
                 self.is_lost = code == _LOST
                 self.returncode = 255 if self.is_lost else code
@@ -302,7 +302,7 @@ class Launched:
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end; multiprocessing calls this at the interpreter's exit."""
         if self.is_abandoned:
-            timeout = 0.0
+            return self.returncode
         may_block = self.returncode is None and timeout is not None
         if may_block and not connection.wait([self.sentinel], timeout):
             return None
@@ -321,6 +321,13 @@ class Launched:
             # It may have ended in between, which is what the caller wants.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+    def abandon(self) -> None:
+        """Wait no longer for a process that does not end."""
+        with self._lock:
+            if not self.is_abandoned:
+                self.is_abandoned = True
+                self.close()
 
     def close(self) -> None:
         """Close what tells of the exit."""

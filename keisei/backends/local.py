@@ -17,11 +17,13 @@ from keisei.backends.child import STACKS_SIGNAL
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.preload import OWN_MODULES, default_preload, modules_named_in
 from keisei.backends.process import WorkerProcess
+from keisei.backends.stderr import StderrRelay, StderrTail
 from keisei.exceptions import ManagerStateError
 from keisei.ipc import memory
 
 _PROCESS_GROUP = 1 << 2
 _EXIT_CODE_PATIENCE = 2.0
+_STDERR_PATIENCE = 1.0
 _MAX_REPORT = 1 << 18
 
 
@@ -52,6 +54,7 @@ class LocalBackend:
             chosen = default_preload(modules) if preload is None else tuple(preload)
             self._preload = (*OWN_MODULES, *chosen)
         self._starts = asyncio.Semaphore(max_concurrent_starts)
+        self._stderr = StderrRelay()
         self._is_open = False
 
     async def open(self) -> None:
@@ -94,20 +97,22 @@ class LocalBackend:
         finally:
             endpoints.close()
         try:
-            return LocalProcess(start.process, start.pidfd, start.crash_fd)
+            return LocalProcess(start.process, start.pidfd, start.crash_fd, start.stderr)
         except BaseException:
             _aside(start.undo)
             raise
 
     def _described(self, endpoints: WorkerEndpoints, name: str) -> _Start:
-        crash_fd = memory.anonymous_file("keisei-crash")
-        try:
+        with contextlib.ExitStack() as undo:
+            crash_fd = memory.anonymous_file("keisei-crash")
+            undo.callback(os.close, crash_fd)
+            stderr, their_stderr = self._stderr.pipe()
+            undo.callback(stderr.close)
+            undo.callback(os.close, their_stderr)
             fds = endpoints.detach()
-        except BaseException:
-            os.close(crash_fd)
-            raise
-        process = WorkerProcess(name, fds, crash_fd, self._preload, self._with_main)
-        return _Start(process, fds, crash_fd)
+            undo.pop_all()
+        process = WorkerProcess(name, fds, their_stderr, crash_fd, self._preload, self._with_main)
+        return _Start(process, [*fds, their_stderr], crash_fd, stderr)
 
     def abort_starts(self) -> None:
         """End the fork server, whose import of the preloaded modules may be what hangs."""
@@ -117,16 +122,24 @@ class LocalBackend:
     async def aclose(self) -> None:
         """Let the fork server go; it ends when nobody else keeps it."""
         was_open, self._is_open = self._is_open, False
-        if was_open and self._preload is not None:
-            await asyncio.shield(_aside(launch.server.release))
+        if was_open:
+            await asyncio.shield(_aside(self._let_go))
+
+    def _let_go(self) -> None:
+        if self._preload is not None:
+            launch.server.release()
+        self._stderr.join(_STDERR_PATIENCE)
 
 
 class _Start:
     """A start that is under way, in a thread; owns the descriptors until it is done."""
 
-    def __init__(self, process: WorkerProcess, fds: Sequence[int], crash_fd: int) -> None:
+    def __init__(
+        self, process: WorkerProcess, fds: Sequence[int], crash_fd: int, stderr: StderrTail
+    ) -> None:
         self.process = process
         self.crash_fd = crash_fd
+        self.stderr = stderr
         self.pidfd: int | None = None
         self._fds = fds
 
@@ -136,19 +149,23 @@ class _Start:
             self.process.start()
             self.pidfd = self._opened_pidfd()
         except BaseException:
-            os.close(self.crash_fd)
+            self._close_ours()
             raise
         finally:
-            self._close_fds()
+            self._close_theirs()
 
     def drop(self) -> None:
         """Close everything, in place of ``run``."""
-        os.close(self.crash_fd)
-        self._close_fds()
+        self._close_theirs()
+        self._close_ours()
 
-    def _close_fds(self) -> None:
+    def _close_theirs(self) -> None:
         for fd in self._fds:
             os.close(fd)
+
+    def _close_ours(self) -> None:
+        os.close(self.crash_fd)
+        self.stderr.close()
 
     def _opened_pidfd(self) -> int | None:
         if not hasattr(os, "pidfd_open"):
@@ -164,9 +181,9 @@ class _Start:
     def undo(self) -> None:
         """End the process that nobody wants any more."""
         self._end()
-        for fd in (self.pidfd, self.crash_fd):
-            if fd is not None:
-                os.close(fd)
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+        self._close_ours()
 
     def undo_later(self, started: asyncio.Future[None]) -> None:
         """Hear that the start is done, when nobody waits for it any more."""
@@ -245,12 +262,15 @@ class LocalProcess:
         has_exited: It is known to have ended.
     """
 
-    def __init__(self, process: WorkerProcess, pidfd: int | None, crash_fd: int) -> None:
+    def __init__(
+        self, process: WorkerProcess, pidfd: int | None, crash_fd: int, stderr: StderrTail
+    ) -> None:
         """Watch ``process`` in the running loop; takes the descriptors over."""
         self.pid: int = process.pid
         self.has_exited = False
         self._process = process
         self._crash_fd = crash_fd
+        self._stderr = stderr
         self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
         self._exit: asyncio.Future[int | None] = self._loop.create_future()
@@ -339,6 +359,10 @@ class LocalProcess:
         start = max(0, size - _MAX_REPORT)
         return os.pread(self._crash_fd, size - start, start).decode(errors="replace")
 
+    def stderr_tail(self) -> str:
+        """Return the last lines that it wrote to standard error, up to 4096 bytes."""
+        return self._stderr.read()
+
     def state(self) -> str:
         """Return the state letter from ``/proc``, or "" where there is none."""
         try:
@@ -354,6 +378,7 @@ class LocalProcess:
             if fd is not None and fd >= 0:
                 os.close(fd)
         self._pidfd, self._crash_fd = None, -1
+        self._stderr.close()
         self._process.close()
 
 

@@ -57,6 +57,7 @@ class WorkerProcess(aiomultiprocess.Process):
         self,
         name: str,
         fds: Sequence[int],
+        stderr_fd: int,
         crash_fd: int,
         modules: Sequence[str] | None,
         with_main: bool,
@@ -66,12 +67,14 @@ class WorkerProcess(aiomultiprocess.Process):
         Args:
             name: Shown by ``multiprocessing.current_process().name`` in the worker.
             fds: The descriptors of its ``WorkerEndpoints``.
+            stderr_fd: What becomes its standard error.
             crash_fd: Where a native crash writes its stack.
             modules: What the fork server imports first; ``None`` spawns an interpreter.
             with_main: Import the application's main script, where the worker class lives.
         """
         self.unit = Unit(target=serve_worker, args=(), kwargs={}, namespace=None)
-        self.aio_process = _Process(name, self.unit, [*fds, crash_fd], modules, with_main)
+        fds = [*fds, stderr_fd, crash_fd]
+        self.aio_process = _Process(name, self.unit, fds, modules, with_main)
 
     def exit_code(self) -> tuple[bool, int | None]:
         """Return whether it has ended, and its exit code, ``None`` if nobody can know it."""
@@ -84,7 +87,7 @@ class WorkerProcess(aiomultiprocess.Process):
         if self.aio_process.exitcode is not None:
             self.aio_process.close()
         elif self.aio_process.launched is not None:
-            self.aio_process.launched.is_abandoned = True
+            self.aio_process.launched.abandon()
 
 
 async def serve_worker() -> None:
@@ -93,8 +96,8 @@ async def serve_worker() -> None:
     from keisei.backends.isolation import OwnProcess
     from keisei.backends.runtime import WorkerRuntime
 
-    *fds, _ = Inherited.fds
-    code = await WorkerRuntime(WorkerEndpoints.attach(fds), OwnProcess()).serve()
+    ends = WorkerEndpoints.attach(list(Inherited.fds))
+    code = await WorkerRuntime(ends, OwnProcess()).serve()
     if code:
         # Everything was told in frames; leave without multiprocessing's own report.
         await asyncio.get_running_loop().shutdown_asyncgens()

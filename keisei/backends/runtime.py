@@ -82,9 +82,6 @@ class WorkerRuntime:
             else:
                 await self._tell(messages.Goodbye(reason))
                 code = 0
-            # Closing would tear a frame that the operating system has not taken whole.
-            await self._ends.experience.flush()
-            await self._ends.reply.flush()
             return code
         except QueueEnded:
             return 2
@@ -337,6 +334,7 @@ class WorkerRuntime:
 
     async def _tell(self, message: Any) -> None:
         await self._ends.reply.put(serialize.frame(message))
+        await self._ends.reply.flush()  # before the next collect keeps the loop from it
 
     async def _tell_failure(self, failure: HookFailed) -> None:
         await self._tell(
@@ -385,4 +383,6 @@ def _without_our_frames(error: BaseException) -> BaseException:
 @types.coroutine
 def _let_the_loop_turn() -> Generator[None, None, None]:
     """Let timers, signals and the worker's own tasks run between two experiences."""
+    # Twice: what has arrived is found in the first turn and heard at its end.
+    yield
     yield

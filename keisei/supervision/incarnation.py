@@ -91,8 +91,8 @@ class Incarnation:
         self._condemned = asyncio.Event()
         self._watchdog: Watchdog | None = None
         self._timers: list[asyncio.TimerHandle] = []
-        self._written_before_stall = ""
-        self._written_after_stall = ""
+        self._stacks = ""
+        self._dumped = ""
 
     @property
     def pid(self) -> int | None:
@@ -224,12 +224,15 @@ class Incarnation:
             return Observation(owes, status.since, self._deadline(phase), is_idle)
 
         def suspect(stale: float) -> None:
-            self._dump(handle, status.phase.name.lower(), stale, on_stall)
+            phase = status.phase.name.lower()
+            self._stacks = ""
+            self._dump(handle, lambda: on_stall(Stall(phase, stale, self._stacks)))
 
         def hung(stale: float) -> None:
             state = handle.state()
             detail = f"no progress in {status.phase.name.lower()} for {stale:.1f} s"
-            self.condemn(ExitCause.HANG, f"{detail}, process state {state!r}" if state else detail)
+            detail = f"{detail}, process state {state!r}" if state else detail
+            self._dump(handle, lambda: self.condemn(ExitCause.HANG, detail))
 
         self._watchdog = Watchdog(observe, on_suspect=suspect, on_hung=hung, clock=self._clock)
         self._watchdog.poke()
@@ -240,31 +243,35 @@ class Incarnation:
             return max(self._config.collect_timeout, self._config.command_timeout)
         return self._config.collect_timeout
 
-    def _dump(
-        self, handle: ProcessHandle, phase: str, seconds: float, on_stall: Callable[[Stall], None]
-    ) -> None:
-        self._written_before_stall = handle.crash_report()
+    def _dump(self, handle: ProcessHandle, then: Callable[[], None]) -> None:
+        """Have all its stacks written, keep them, and go on unless it has ended meanwhile."""
+        before = handle.crash_report()
         handle.dump_stacks()
 
-        def tell() -> None:
+        def take() -> None:
             if not handle.has_exited:
-                self._written_after_stall = handle.crash_report()
-                stacks = self._written_after_stall.removeprefix(self._written_before_stall)
-                on_stall(Stall(phase, seconds, stacks))
+                self._dumped = handle.crash_report()
+                # One that is stopped or in the kernel writes none: the earlier ones are the last.
+                self._stacks = self._dumped.removeprefix(before) or self._stacks
+                then()
 
-        self._later(_DUMP_TIME, tell)
+        self._later(_DUMP_TIME, take)
 
     def crash_report(self) -> str:
         """Return what the process wrote about its own end, such as a native stack, or "".
 
-        Of the dumps that were asked of it only the one of the stall that it was killed for
+        Of the dumps that were asked of it only the last of the stall that it was killed for
         counts: a stall that it overcame is not why it ended.
         """
         if self.handle is None:
             return ""
-        is_hung = self.ended_for is not None and self.ended_for[0] is ExitCause.HANG
-        known = self._written_before_stall if is_hung else self._written_after_stall
-        return self.handle.crash_report().removeprefix(known)
+        if self.ended_for is not None and self.ended_for[0] is ExitCause.HANG and self._stacks:
+            return self._stacks
+        return self.handle.crash_report().removeprefix(self._dumped)
+
+    def stderr_tail(self) -> str:
+        """Return the last lines that the process wrote to standard error, or ""."""
+        return self.handle.stderr_tail() if self.handle is not None else ""
 
     def close(self) -> None:
         """Give back what the process's handle holds, and forget its status line."""

@@ -41,6 +41,13 @@ class ProcessHandle(Protocol):
         """Return what it wrote about its own end, such as a native stack, or ""."""
         ...
 
+    def stderr_tail(self) -> str:
+        """Return the last lines that it wrote to standard error up to now, or "".
+
+        They have been, or will be, passed on to the application's standard error.
+        """
+        ...
+
     def state(self) -> str:
         """Return the kernel's one-letter process state, such as "T" for stopped, or ""."""
         ...

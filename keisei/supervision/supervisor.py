@@ -267,7 +267,7 @@ class Supervisor:
             ended_for=running.ended_for,
             launch_error=launch_error,
         )
-        report = running.crash_report()
+        report, stderr = running.crash_report(), running.stderr_tail()
         running.close()
         del self._running[worker_id]
         actions = self._advance(
@@ -284,7 +284,7 @@ class Supervisor:
             self._crew.on_lost(worker_id, None)
             self._publish(events.WorkerExited(worker_id, running.incarnation, verdict.cause))
         else:
-            incident = self._incident(running, verdict, words, exitcode, report)
+            incident = self._incident(running, verdict, words, exitcode, report, stderr)
             incident = replace(
                 incident, remedy=self._remedy(worker_id, actions), delay=_delay(actions)
             )
@@ -303,6 +303,7 @@ class Supervisor:
         words: LastWords,
         exitcode: int | None,
         report: str,
+        stderr: str,
     ) -> Incident:
         return Incident(
             worker_id=running.worker_id,
@@ -318,6 +319,7 @@ class Supervisor:
             monotonic=self._clock(),
             last_command=words.last_command,
             rss=words.rss or None,
+            stderr=stderr,
         )
 
     def _remedy(self, worker_id: int, actions: list[machine.Action]) -> Remedy:
@@ -347,7 +349,7 @@ class Supervisor:
                 incident.worker_id,
                 incident.incarnation,
                 incident.exitcode,
-                incident.traceback,
+                incident.traceback or incident.stderr or None,
             )
         else:
             failure = PoolExhausted(

@@ -98,9 +98,9 @@ async def test_a_worker_process_is_prepared(make_manager, start_method):
         "folder": str(Path.cwd()),
         "stdin": "/dev/null",
     }
-    # The lifeline twice, and where it was spawned the report; four queues, and the loop's own
-    # pair and its selector.
-    assert found.count("pipe") == (3 if start_method == "spawn" else 2)
+    # The lifeline twice, standard error, and where it was spawned the report; four queues, and
+    # the loop's own pair and its selector.
+    assert found.count("pipe") == (4 if start_method == "spawn" else 3)
     assert found.count("socket") == 6
     assert found.count("anon_inode") == 1
 

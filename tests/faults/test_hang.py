@@ -22,6 +22,7 @@ from fault_helpers import (
     kinds,
     next_incident,
     until_ready,
+    watched,
 )
 from keisei.backends.local import LocalProcess
 from keisei.events import ExitCause, WorkerExited, WorkerSuspected
@@ -42,8 +43,10 @@ def failing(fault, worker=pool_workers.Counting, *, place="collect", hit=2):
 async def test_a_stop_that_ends_before_the_deadline_is_no_hang(make_manager):
     """SIGSTOP, then SIGCONT once the worker is suspected: it is heard again, and nobody dies."""
     worker = failing(failpoints.stop)
-    async with fail_after(LIMIT), make_manager(worker, collect_timeout=3.0) as manager:
-        events = manager.events()
+    async with (
+        fail_after(LIMIT),
+        watched(make_manager(worker, collect_timeout=3.0)) as (manager, events),
+    ):
         collecting = asyncio.create_task(manager.collect(min_steps=1000))
         suspected = await next_event(events, WorkerSuspected)
         assert (suspected.worker_id, suspected.phase) == (1, "collect")

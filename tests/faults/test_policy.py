@@ -12,7 +12,7 @@ import torch
 
 import fault_workers
 import pool_workers
-from fault_helpers import LIMIT, check_order, kinds, next_incident, until_ready
+from fault_helpers import LIMIT, check_order, kinds, next_incident, until_ready, watched
 from keisei.events import (
     ExitCause,
     PoolEscalated,
@@ -129,8 +129,7 @@ async def test_one_bad_slot_is_given_up_and_the_others_train(make_manager):
     """With ``degrade`` the slot that always fails is left empty after its budget; once told."""
     config = {"num_workers": 3, "restart": THREE, "on_exhausted": "degrade"}
     worker = always(failpoints.kill, worker_id=2)
-    async with fail_after(LIMIT), make_manager(worker, **config) as manager:
-        events = manager.events()
+    async with fail_after(LIMIT), watched(make_manager(worker, **config)) as (manager, events):
         batches = await manager.collect(min_steps=20)
         given_up = await next_event(events, WorkerGivenUp)
         assert given_up.worker_id == 2
@@ -179,8 +178,10 @@ async def test_an_observer_that_raises_is_removed(make_manager):
     heard = []
     worker = armed(pool_workers.Counting, Failpoint("collect", failpoints.kill, worker_id=1, hit=2))
     observers = [Broken(), Heard(heard)]
-    async with fail_after(LIMIT), make_manager(worker, observers=observers) as manager:
-        events = manager.events()
+    async with (
+        fail_after(LIMIT),
+        watched(make_manager(worker, observers=observers)) as (manager, events),
+    ):
         collecting = asyncio.create_task(manager.collect(min_steps=30))
         await until_ready(events, 1, 1)
         await collecting

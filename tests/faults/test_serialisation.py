@@ -10,9 +10,11 @@ import torch
 
 import fault_workers
 import pool_workers
-from fault_helpers import LIMIT, crashing
+from fault_helpers import LIMIT, crashing, next_incident, watched
 from keisei.events import ExitCause
 from keisei.exceptions import CommandError, SerializationError
+from keisei.testing import failpoints
+from keisei.testing.failpoints import Failpoint, armed
 from keisei.testing.scenarios import fail_after
 
 UNPICKLABLE = ["TypeError", "SystemExit", "CancelledError", "Speechless", "NotAnException"]
@@ -129,12 +131,25 @@ async def test_tensors_of_more_than_2_gib_arrive(make_manager):
 
 
 async def test_a_large_reply_does_not_block_the_loop(make_manager):
-    """16 MiB of reply are received in shares, and others are served in between."""
+    """64 MiB of reply are received in shares, and others are served in between."""
     async with fail_after(LIMIT), make_manager(fault_workers.Replying) as manager:
-        large = asyncio.create_task(manager.send_command("large", 16 << 20, worker_ids=[0]))
+        large = asyncio.create_task(manager.send_command("large", 64 << 20, worker_ids=[0]))
         while not large.done():
             assert await manager.send_command("echo", 1, worker_ids=[1]) == {1: 1}
-        assert len((await large)[0]) == 16 << 20
+        assert len((await large)[0]) == 64 << 20
+
+
+async def test_a_large_last_answer_is_an_answer(make_manager):
+    """What a worker has answered whole counts, though it died before the answer was unpacked."""
+    faults = Failpoint("committed", failpoints.kill, worker_id=0)
+    worker = armed(fault_workers.Replying, faults)
+    async with fail_after(LIMIT), watched(make_manager(worker, mode="sync")) as (manager, events):
+        asked = asyncio.create_task(manager.send_command("large", 32 << 20, worker_ids=[0]))
+        collecting = asyncio.create_task(manager.collect())
+        assert len((await asked)[0]) == 32 << 20
+        await next_incident(events)
+        await collecting
+        assert manager.incidents[0].commands_lost == 0
 
 
 async def test_a_tensor_in_a_command_is_a_copy(make_manager):

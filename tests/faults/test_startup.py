@@ -18,7 +18,15 @@ import torch
 
 import fault_workers
 import pool_workers
-from fault_helpers import LIMIT, METHODS, SPAWN_UNDER_STRESS, kinds, next_incident, until_ready
+from fault_helpers import (
+    LIMIT,
+    METHODS,
+    SPAWN_UNDER_STRESS,
+    kinds,
+    next_incident,
+    until_ready,
+    watched,
+)
 from keisei.backends import launch
 from keisei.events import ExitCause, Remedy
 from keisei.exceptions import (
@@ -197,8 +205,7 @@ async def test_ready_and_dead_at_once_is_a_crash_of_a_running_worker(make_manage
     worker = armed(
         pool_workers.Counting, Failpoint("collect", partial(failpoints.exit_now, 1), worker_id=1)
     )
-    async with fail_after(LIMIT), make_manager(worker) as manager:
-        events = manager.events()
+    async with fail_after(LIMIT), watched(make_manager(worker)) as (manager, events):
         collecting = asyncio.create_task(manager.collect(min_steps=20))
         incident = await next_incident(events)
         await collecting

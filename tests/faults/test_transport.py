@@ -11,8 +11,18 @@ import pytest
 
 import fault_workers
 import pool_workers
-from fault_helpers import LIMIT, check_order, crashing, kinds, next_incident, until_ready
+from fault_helpers import (
+    LIMIT,
+    METHODS,
+    check_order,
+    crashing,
+    kinds,
+    next_incident,
+    until_ready,
+    watched,
+)
 from keisei.events import ExitCause
+from keisei.exceptions import WorkerStartError
 from keisei.testing import failpoints, leaks
 from keisei.testing.failpoints import Failpoint, armed
 from keisei.testing.scenarios import fail_after
@@ -101,8 +111,10 @@ async def test_a_flood_without_a_reader_drops_the_oldest(make_manager):
 async def test_what_an_earlier_process_sent_is_not_taken_for_a_later_one(make_manager):
     """Batches of a killed process come before those of its successor, under its own number."""
     worker = failing(failpoints.kill, hit=4)
-    async with fail_after(LIMIT), make_manager(worker, max_queue_size=4) as manager:
-        events = manager.events()
+    async with (
+        fail_after(LIMIT),
+        watched(make_manager(worker, max_queue_size=4)) as (manager, events),
+    ):
         await until_ready(events, 1, 1)  # nobody has collected: three frames of the first wait
         batches = await manager.collect(min_steps=30)
         check_order(batches)
@@ -167,6 +179,53 @@ async def test_ten_megabytes_of_output_disturb_nothing(make_manager, capfd):
     capfd.readouterr()
 
 
+@METHODS
+async def test_the_last_lines_of_standard_error_are_in_the_incident(
+    make_manager, start_method, capfd
+):
+    """Of Python and of C; all else that it wrote was passed on, and no worker's is another's."""
+    worker = failing(partial(fault_workers.shout_and_die, b"the last line\n"), hit=2)
+    async with crashing(make_manager(worker, start_method=start_method)) as incident:
+        lines = incident.stderr.splitlines()
+        assert lines[-1] == "the last line"
+        assert set(lines[:-1]) == {fault_workers.SHOUTED}, "whole lines, and its own alone"
+        assert 4000 < len(incident.stderr) <= 4096
+    passed_on = capfd.readouterr().err
+    assert passed_on.count(fault_workers.SHOUTED) == fault_workers.NUM_SHOUTED
+    assert passed_on.count("the last line") == 1
+
+
+async def test_a_start_that_dies_without_a_word_shows_its_standard_error(make_manager):
+    """Where there is no traceback the error shows what the process wrote."""
+    worker = failing(fault_workers.complain_and_exit, place="setup", hit=1)
+    manager = make_manager(worker, restart={"max_restarts": 0})
+    async with fail_after(LIMIT):
+        with pytest.raises(WorkerStartError, match="no display"):
+            await manager.start()
+
+
+async def test_a_blocked_terminal_blocks_workers_alone(make_manager):
+    """Nobody reads the application's standard error: its event loop turns, and stop ends."""
+    terminal, write_end = os.pipe()
+    saved = os.dup(2)
+    os.dup2(write_end, 2)
+    try:
+        worker = failing(fault_workers.shout, hit=1)
+        async with fail_after(LIMIT):
+            async with make_manager(worker, shutdown_timeout=0.1) as manager:
+                batches = await manager.collect(min_steps=50)
+                assert {batch.worker_id for batch in batches} == {0}
+                assert manager.workers[1].phase == "collect"
+            assert manager.incidents == ()
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(write_end)
+        while os.read(terminal, 1 << 20):
+            pass
+        os.close(terminal)
+
+
 @pytest.mark.parametrize(
     "fault", [fault_workers.close_standard_streams, fault_workers.replace_standard_streams]
 )
@@ -197,8 +256,10 @@ async def test_children_that_hold_the_queues_open_hide_no_death(make_manager, en
         faults.append(Failpoint("collect", failpoints.kill, worker_id=1, hit=2))
     elif end == "exit":
         faults.append(Failpoint("collect", failpoints.exit_now, worker_id=1, hit=2))
-    async with fail_after(LIMIT), make_manager(armed(pool_workers.Counting, *faults)) as manager:
-        events = manager.events()
+    async with (
+        fail_after(LIMIT),
+        watched(make_manager(armed(pool_workers.Counting, *faults))) as (manager, events),
+    ):
         assert len(await manager.collect(min_steps=10)) == 10
         if end != "stop":
             incident = await next_incident(events)

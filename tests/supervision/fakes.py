@@ -25,6 +25,7 @@ class FakeHandle:
         self.reacts: dict[str, int] = reacts
         self.report = ""
         self.dump = ""
+        self.stderr = ""
         self.letter = "S"
         self._exit: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
 
@@ -57,6 +58,9 @@ class FakeHandle:
 
     def crash_report(self) -> str:
         return self.report
+
+    def stderr_tail(self) -> str:
+        return self.stderr
 
     def state(self) -> str:
         return self.letter

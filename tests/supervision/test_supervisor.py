@@ -752,7 +752,7 @@ async def test_a_hung_worker_is_suspected_killed_and_replaced(hanging):
     assert incident.detail.startswith("no progress in collect for 0.1 s")
     assert incident.detail.endswith(", process state 'T'")
     assert incident.traceback == "stack of the stall"
-    assert old.calls == ["dump_stacks", "kill", "kill", "close"]
+    assert old.calls == ["dump_stacks", "dump_stacks", "kill", "kill", "close"]
     await hanging.stop()
 
 
@@ -813,18 +813,60 @@ async def test_a_stall_that_was_overcome_is_not_why_it_died_later(crew):
     await scene.start()
     handle = scene.handle()
     handle.dump = "an old stall\n"
-    scene.supervisor.running(0)._dump(handle, "collect", 1.0, lambda stall: None)
+    scene.supervisor.running(0)._dump(handle, lambda: None)
     await turn()
     handle.report += "Fatal Python error: Aborted"
     handle.exit(-6)
     await turn()
     assert scene.supervisor.incidents[0].traceback == "Fatal Python error: Aborted"
     handle = scene.handle()
-    scene.supervisor.running(0)._dump(handle, "collect", 1.0, lambda stall: None)
+    scene.supervisor.running(0)._dump(handle, lambda: None)
     await turn()
     handle.exit(-9)
     await turn()
     assert scene.supervisor.incidents[1].traceback is None
+    await scene.stop()
+
+
+async def test_the_stacks_of_the_end_are_told_and_not_those_of_half_the_time(hanging):
+    """A worker that went on to hang elsewhere is reported where it hung in the end."""
+    await hanging.start()
+    old = hanging.handle()
+    old.dump = "stack of the stall"
+    hanging.crew.enter(0, Phase.COLLECT)
+    hanging.supervisor.expect_progress(0)
+    while not any(isinstance(event, events.WorkerSuspected) for event in hanging.published):
+        await turn()
+    old.dump = "stack of the end"
+    while not hanging.supervisor.incidents:
+        await turn()
+    assert hanging.supervisor.incidents[0].traceback == "stack of the end"
+    await hanging.stop()
+
+
+async def test_a_process_that_is_stopped_at_its_end_shows_the_stacks_before(hanging):
+    """It cannot write any more; what it wrote at half of the time is all that there is."""
+    await hanging.start()
+    old = hanging.handle()
+    old.dump = "stack of the stall"
+    hanging.crew.enter(0, Phase.COLLECT)
+    hanging.supervisor.expect_progress(0)
+    while not any(isinstance(event, events.WorkerSuspected) for event in hanging.published):
+        await turn()
+    old.dump = ""
+    while not hanging.supervisor.incidents:
+        await turn()
+    assert hanging.supervisor.incidents[0].traceback == "stack of the stall"
+    await hanging.stop()
+
+
+async def test_the_incident_tells_the_last_lines_of_standard_error(scene):
+    """They are read when the process has ended."""
+    await scene.start()
+    scene.handle().stderr = "out of paper\n"
+    scene.handle().exit(1)
+    await turn()
+    assert scene.supervisor.incidents[0].stderr == "out of paper\n"
     await scene.stop()
 
 

@@ -30,6 +30,7 @@ from keisei.training.parallel.batch import ExperienceBatch
 E = TypeVar("E")
 
 _REMEMBERED = 256
+_FRAME = "a frame of the worker"
 
 
 class Arrival(NamedTuple):
@@ -81,11 +82,17 @@ class Channel:
     def __init__(self, worker_id: int, incarnation: int, max_queue_size: int) -> None:
         self.worker_id = worker_id
         self.incarnation = incarnation
-        self.experience: AsyncQueue[Any] = AsyncQueue(max_queue_size, manual=True)
-        self.model: AsyncQueue[Any] = AsyncQueue()
-        self.control: AsyncQueue[Any] = AsyncQueue()
-        self.reply: AsyncQueue[Any] = AsyncQueue()
-        self.status = StatusLine()
+        with contextlib.ExitStack() as undo:
+            self.experience: AsyncQueue[Any] = AsyncQueue(max_queue_size, manual=True)
+            undo.callback(self.experience.close)
+            self.model: AsyncQueue[Any] = AsyncQueue()
+            undo.callback(self.model.close)
+            self.control: AsyncQueue[Any] = AsyncQueue()
+            undo.callback(self.control.close)
+            self.reply: AsyncQueue[Any] = AsyncQueue()
+            undo.callback(self.reply.close)
+            self.status = StatusLine()
+            undo.pop_all()
         self.ring = RingReader()
         self.granted = 0
         self.received = 0
@@ -98,6 +105,7 @@ class Channel:
         self._applying: list[tuple[int, asyncio.Future[int]]] = []
         self._commands: dict[int, str] = {}
         self._lost: WorkerLost | None = None
+        self._unpacking: set[asyncio.Future[Any]] = set()
         self._unsent: deque[bytes] = deque()
         self._sending: asyncio.Task[None] | None = None
 
@@ -235,14 +243,15 @@ class Channel:
         self._take_all(self.experience, self._experience)
 
     def _on_reply(self) -> None:
-        self._take_all(self.reply, lambda message, _: self._answer(message))
+        self._take_all(self.reply, self._hear)
 
-    def _take_all(self, queue: AsyncQueue[Any], handle: Callable[[Any, list[int]], None]) -> None:
+    def _take_all(
+        self, queue: AsyncQueue[Any], handle: Callable[[memoryview, list[int]], None]
+    ) -> None:
         reader = _held(queue.reader)
         try:
             while True:
-                payload, fds = reader.get_nowait()
-                handle(serialize.loads(payload, "a frame of the worker"), fds)
+                handle(*reader.get_nowait())
         except QueueWouldBlock:
             return
         except (QueueEnded, QueueBroken) as error:
@@ -255,7 +264,8 @@ class Channel:
         if self._listener is not None:
             self._listener.on_trouble(self, what, may_be_dying)
 
-    def _experience(self, frame: messages.ExperienceFrame, fds: list[int]) -> None:
+    def _experience(self, payload: memoryview, fds: list[int]) -> None:
+        frame: messages.ExperienceFrame = serialize.loads(payload, _FRAME)
         if frame.new_segment:
             self.ring.add(frame.place.segment, fds[0])
         self.ring.check(frame.place)
@@ -263,11 +273,28 @@ class Channel:
         if self._listener is not None:
             self._listener.on_arrival(Arrival(self, frame))
 
-    def _answer(self, message: Any) -> None:
+    def _hear(self, payload: memoryview, _: list[int]) -> None:
+        if len(payload) <= serialize.LARGE:
+            self._answer(*_unpacked(payload))
+            return
+        unpacking = asyncio.get_running_loop().run_in_executor(None, _unpacked, payload)
+        self._unpacking.add(unpacking)
+        unpacking.add_done_callback(self._on_unpacked)
+
+    def _on_unpacked(self, unpacking: asyncio.Future[Any]) -> None:
+        self._unpacking.discard(unpacking)
+        try:
+            self._answer(*unpacking.result())
+        except (SerializationError, TypeError, AttributeError) as error:
+            self._trouble(f"a frame makes no sense: {error}", may_be_dying=False)
+        if self._lost is not None and not self._unpacking:
+            self._fail_all(self._lost)
+
+    def _answer(self, message: Any, value: Any) -> None:
         if isinstance(message, (messages.Reply, messages.ReplyError)):
             name, future = self._pending.get(message.sequence, ("", None))
             if future is not None and not future.done():
-                self._resolve(future, name, message)
+                self._resolve(future, name, message, value)
         elif isinstance(message, messages.Applied):
             for version, future in list(self._applying):
                 if version <= message.version and not future.done():
@@ -282,17 +309,21 @@ class Channel:
             self._goodbye = message
 
     def _resolve(
-        self, future: asyncio.Future[Any], name: str, message: messages.Reply | messages.ReplyError
+        self,
+        future: asyncio.Future[Any],
+        name: str,
+        message: messages.Reply | messages.ReplyError,
+        value: Any,
     ) -> None:
-        try:
-            if isinstance(message, messages.Reply):
-                future.set_result(serialize.loads(message.payload, f"the reply to {name!r}"))
-                return
+        if isinstance(message, messages.ReplyError):
             error = f"worker {self.worker_id} answered command {name!r} with an error: "
             error += message.message
             trace = message.traceback or None
-        except SerializationError as problem:
-            error, trace = f"worker {self.worker_id}: {problem}", None
+        elif isinstance(value, _Unreadable):
+            error, trace = f"worker {self.worker_id}: the reply to {name!r} {value.reason}", None
+        else:
+            future.set_result(value)
+            return
         future.set_exception(
             CommandError(error, self.worker_id, self.incarnation, remote_traceback=trace)
         )
@@ -320,7 +351,7 @@ class Channel:
             phase=failed.phase if failed is not None else status.phase.name.lower(),
             version=status.version,
             experiences_lost=max(0, status.begun - self.received),
-            commands_lost=len(self._pending),
+            commands_lost=len(self._pending) - len(self._unpacking),
             last_command=self._commands.get(status.command) if status.command else None,
             rss=status.rss,
         )
@@ -328,12 +359,16 @@ class Channel:
     def lose(self, error: WorkerLost) -> None:
         """Fail everybody who still waits for this incarnation, and close the queues."""
         self._lost = error
+        self.close()
+        if not self._unpacking:  # its last answers may be among them
+            self._fail_all(error)
+
+    def _fail_all(self, error: WorkerLost) -> None:
         waiting: list[asyncio.Future[Any]] = [future for _, future in self._pending.values()]
         waiting += [future for _, future in self._applying]
         for future in waiting:
             if not future.done():
                 future.set_exception(_copy(error))
-        self.close()
 
     def close(self) -> None:
         """Close the queues; batches that were delivered stay valid."""
@@ -346,6 +381,23 @@ class Channel:
     def phase(self) -> Phase:
         """What the worker says it is doing."""
         return self.status.phase
+
+
+class _Unreadable(NamedTuple):
+    """In place of a reply's value that cannot be rebuilt here."""
+
+    reason: str
+
+
+def _unpacked(payload: memoryview) -> tuple[Any, Any]:
+    """Return the message in a frame, and the value of a reply."""
+    message = serialize.loads(payload, _FRAME)
+    if not isinstance(message, messages.Reply):
+        return message, None
+    try:
+        return message, serialize.loads(message.payload, "")
+    except SerializationError as problem:
+        return message, _Unreadable(str(problem).strip())
 
 
 def _held(end: E | None) -> E:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
@@ -20,7 +20,7 @@ from keisei.exceptions import (
     WorkerLost,
 )
 from keisei.ipc import messages, serialize
-from keisei.ipc.layout import describe
+from keisei.ipc.layout import Layout, describe
 from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.weights import HasStateDict, WeightsPublisher, tensors_of
 from keisei.training.parallel.batch import ExperienceBatch
@@ -29,7 +29,7 @@ from keisei.training.parallel.channel import Arrival, Channel, Listener
 if TYPE_CHECKING:
     import torch
 
-_THREAD_BYTES = 1 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ class WorkerCommunicator:
 
     @staticmethod
     async def _pickled(data: Any, what: str) -> bytes:
-        if serialize.estimated_size(data) > _THREAD_BYTES:
+        if serialize.estimated_size(data) > serialize.LARGE:
             return await asyncio.to_thread(serialize.dumps, data, what)
         return serialize.dumps(data, what)
 
@@ -242,26 +242,26 @@ class WorkerCommunicator:
         async with self._publishing:
             publisher = self._publisher
             if publisher is None:
-                publisher = self._publisher = WeightsPublisher(describe(tensors))
+                publisher = self._publisher = await self._made(describe(tensors))
                 for channel in self.channels.values():
                     self._announce(channel, messages.Arena(publisher.layout), publisher.fd)
             else:
                 publisher.check(tensors)
-            version = await self._publish(publisher, tensors)
+            version = await _aside(publisher.layout.nbytes, lambda: publisher.publish(tensors))
         if wait:
             await self.wait_applied(version, worker_ids, timeout)
         return version
 
     @staticmethod
-    async def _publish(publisher: WeightsPublisher, tensors: dict[str, torch.Tensor]) -> int:
-        if publisher.layout.nbytes < _THREAD_BYTES:
-            return publisher.publish(tensors)
-        copying = asyncio.get_running_loop().run_in_executor(None, publisher.publish, tensors)
+    async def _made(layout: Layout) -> WeightsPublisher:
+        made: list[WeightsPublisher] = []
         try:
-            return await asyncio.shield(copying)
+            await _aside(layout.nbytes, lambda: made.append(WeightsPublisher(layout)))
         except asyncio.CancelledError:
-            await asyncio.wait([copying])  # a memory copy; the next publisher must not meet it
+            for publisher in made:
+                publisher.close()
             raise
+        return made[0]
 
     def revert_weights(self) -> int:
         """Publish the weights before the newest again, as a new version, which is returned."""
@@ -374,6 +374,18 @@ class WorkerCommunicator:
             channel.lose(self._lost(channel, "the pool has ended"))
         if self._publisher is not None:
             self._publisher.close()
+
+
+async def _aside(nbytes: int, work: Callable[[], T]) -> T:
+    """Do what moves ``nbytes`` in a thread if they are many; when cancelled, once it is done."""
+    if nbytes < serialize.LARGE:
+        return work()
+    working = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])  # whoever comes next must not meet it
+        raise
 
 
 def _ignore(*what: object) -> None:

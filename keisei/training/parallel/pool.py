@@ -177,11 +177,12 @@ class Pool:
         handle = running.handle if running is not None else None
         channel = self.communicator.channels.get(worker_id)
         status = channel.status if handle is not None and channel is not None else None
+        is_ready = self.supervisor.is_ready(worker_id)  # it may be, before its pid is known
         return WorkerInfo(
             worker_id=worker_id,
             incarnation=slot.incarnation,
             pid=handle.pid if handle is not None else None,
-            state=slot.status.value,
+            state=slot.status.value if handle is not None or not is_ready else "starting",
             phase=status.phase.name.lower() if status is not None else "",
             device=self._devices[min(worker_id, len(self._devices) - 1)],
             weights_version=status.version if status is not None else 0,
