@@ -21,9 +21,8 @@ from typing import Any, NoReturn
 import torch
 
 from keisei.backends.child import Inherited
-from keisei.ipc.layout import describe
-from keisei.ipc.messages import ExperienceFrame
-from keisei.ipc.ring import Place
+from keisei.ipc import messages
+from keisei.ipc.layout import Layout, describe
 from keisei.ipc.weights import WeightsPublisher
 from keisei.testing import failpoints
 from keisei.testing.failpoints import Gate
@@ -529,6 +528,22 @@ def _send(payload: bytes, head: int | None = None) -> None:
     os.write(Inherited.fds[3], header + payload)
 
 
+def _frame_about(**lie: Any) -> bytes:
+    truth = {
+        "sequence": 0,
+        "version": 0,
+        "segment": 0,
+        "slot": 0,
+        "stride": 64,
+        "layout": describe({"x": torch.zeros(1)}),
+        "new_segment": False,
+        "num_steps": 1,
+        "info": None,
+        "seed": 0,
+    }
+    return messages.pack(messages.ExperienceFrame(**truth | lie))
+
+
 def another_thing() -> None:
     """Send an integer where an experience is expected."""
     _send(pickle.dumps(42))
@@ -540,19 +555,29 @@ def a_bomb() -> None:
 
 def a_missing_segment() -> None:
     """Speak of memory that was never shared."""
-    place = Place(77, 0, 64, describe({"x": torch.zeros(1)}))
-    _send(pickle.dumps(ExperienceFrame(0, 0, place, False, 1, {}, 0)))
+    _send(_frame_about(segment=77))
 
 
 def a_slot_beyond_the_segment() -> None:
     """Speak of memory beyond the end of what is shared."""
-    place = Place(0, 1 << 40, 64, describe({"x": torch.zeros(1)}))
-    _send(pickle.dumps(ExperienceFrame(0, 0, place, False, 1, {}, 0)))
+    _send(_frame_about(slot=1 << 40))
 
 
 def a_descriptor_that_is_missing() -> None:
-    place = Place(1, 0, 64, describe({"x": torch.zeros(1)}))
-    _send(pickle.dumps(ExperienceFrame(0, 0, place, True, 1, {}, 0)))
+    _send(_frame_about(segment=1, new_segment=True))
+
+
+def a_field_beyond_the_slot() -> None:
+    """Speak of a tensor that is larger than its slot."""
+    _send(_frame_about(layout=describe({"x": torch.zeros(1 << 20)})))
+
+
+def no_layout_that_was_told() -> None:
+    _send(_frame_about(layout=Layout))
+
+
+def a_message_without_its_fields() -> None:
+    _send(pickle.dumps((13, 1, 2)))
 
 
 def an_enormous_length() -> None:
@@ -571,6 +596,9 @@ LIES = [
     a_missing_segment,
     a_slot_beyond_the_segment,
     a_descriptor_that_is_missing,
+    a_field_beyond_the_slot,
+    no_layout_that_was_told,
+    a_message_without_its_fields,
     an_enormous_length,
 ]
 

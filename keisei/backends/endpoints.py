@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 from dataclasses import dataclass
 
@@ -30,6 +31,13 @@ class WorkerEndpoints:
     reply: FrameWriter
     experience: FrameWriter
     status: StatusLine
+
+    def poll(self) -> select.poll:
+        """Return what tells, in one system call, whether anything has arrived."""
+        poll = select.poll()
+        for end in (self.control, self.model, self.experience):
+            poll.register(end.fileno(), select.POLLIN)
+        return poll
 
     def detach(self) -> list[int]:
         """Give all descriptors away, in the order that ``attach`` takes.

@@ -22,7 +22,13 @@ if sys.modules.get("numpy") is not None:
 
 
 class Isolation(Protocol):
-    """A context in which hooks run."""
+    """A context in which hooks run.
+
+    Attributes:
+        turn_after: Seconds of collecting after which others in the event loop get their turn.
+    """
+
+    turn_after: float
 
     def begin(self, seed: int, threads: int) -> None:
         """Seed the global generators and set torch's threads."""
@@ -39,6 +45,9 @@ class Isolation(Protocol):
 
 class OwnProcess:
     """The worker has the process to itself."""
+
+    turn_after = 0.001
+    """A turn of the loop costs as much as all the rest between two small experiences."""
 
     def begin(self, seed: int, threads: int) -> None:
         """Seed ``random``, NumPy (if imported) and torch; set torch's threads."""
@@ -58,6 +67,8 @@ class OwnProcess:
 
 class SharedProcess:
     """The worker shares the process; its state is swapped in for each step of a hook."""
+
+    turn_after = 0.0
 
     def __init__(self) -> None:
         self._mine: _GlobalState | None = None

@@ -108,12 +108,12 @@ async def serve_worker() -> None:
 def tell_failure(error: BaseException) -> None:
     """Tell the application that this process cannot even begin to serve its worker."""
     from keisei.backends.endpoints import REPLY
-    from keisei.ipc import messages, serialize
+    from keisei.ipc import messages
     from keisei.ipc.queues import FrameWriter
 
     summary = "".join(traceback.format_exception_only(error)).strip()
     trace = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
     failed = messages.Failed("start", summary, trace, during_start=True)
     reply = FrameWriter(socket.socket(fileno=Inherited.fds[REPLY]), None)
-    reply.put_nowait(serialize.dumps(failed))
+    reply.put_nowait(messages.pack(failed))
     reply.close()

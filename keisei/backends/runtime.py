@@ -8,9 +8,10 @@ import inspect
 import operator
 import resource
 import sys
+import time
 import traceback
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import Isolation
 from keisei.exceptions import QueueEnded, QueueWouldBlock, SerializationError
 from keisei.ipc import messages, serialize
+from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.ring import RingWriter
 from keisei.ipc.status import Phase
@@ -31,6 +33,10 @@ _STATM = Path("/proc/self/statm")
 _RSS_MASK = 63
 """The peak memory is noted at one experience of 64: asking costs as much as sending a frame."""
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+_NOT_AWAITABLE = frozenset({dict, Experience, type(None)})
+"""What hooks nearly always return."""
 
 
 class HookFailed(Exception):
@@ -62,6 +68,9 @@ class WorkerRuntime:
         self._pausing: list[int] = []
         self._stopping = False
         self._collecting: asyncio.Task[Any] | None = None
+        self._told_layout: Layout | None = None
+        self._turned = 0.0
+        self._poll = endpoints.poll()
         self._closing = contextlib.ExitStack()
         self._closing.callback(endpoints.close)
 
@@ -94,7 +103,7 @@ class WorkerRuntime:
 
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
-        self._hello = hello = serialize.loads(frame)
+        self._hello = hello = messages.unpack(frame)
         self._paused = hello.paused
         self._ring = RingWriter(hello.slots + 2)
         self._closing.callback(self._ring.close)
@@ -108,6 +117,7 @@ class WorkerRuntime:
         self._isolation.begin(hello.seed, hello.threads)
         self._worker = await self._call(Phase.START, self._build, factory)
         await self._call(Phase.START, self._worker.setup, self._context())
+        self._hear_announcements()
         await self._load_newest()
         await self._tell(messages.Ready(self._version))
         self._is_ready = True
@@ -139,7 +149,8 @@ class WorkerRuntime:
         concurrent = inspect.iscoroutinefunction(self._worker.collect)
         while True:
             self._wake.clear()
-            await self._obey()
+            if self._has_news():
+                await self._hear()
             if self._collecting is not None and self._collecting.done():
                 finished, self._collecting = self._collecting, None
                 await self._deliver(finished.result())
@@ -149,9 +160,11 @@ class WorkerRuntime:
                 if reason := self._worn_out():
                     return reason
                 may_collect = not self._paused and self._has_credit()
-                # In this order: what was published before the credit was given is seen.
-                await self._load_newest()
-                await self._stand_still()
+                # In this order: what was published before the credit was given is loaded.
+                if self._is_behind():
+                    await self._load_newest()
+                if self._pausing:
+                    await self._stand_still()
                 if may_collect:
                     self._status.begun += 1
                     if concurrent:
@@ -159,7 +172,7 @@ class WorkerRuntime:
                         self._collecting.add_done_callback(lambda _: self._wake.set())
                     else:
                         await self._deliver(await self._collect())
-                        await _let_the_loop_turn()
+                        await self._let_the_loop_turn()
                         continue
             elif self._stopping:
                 self._collecting.cancel()
@@ -168,17 +181,40 @@ class WorkerRuntime:
                 return ""
             await self._wake.wait()
 
+    def _has_news(self) -> bool:
+        """Return whether anything has arrived; one system call at most."""
+        ends = self._ends
+        return ends.control.has_news or ends.model.has_news or bool(self._poll.poll(0))
+
+    async def _hear(self) -> None:
+        """Take in all that has arrived, in order."""
+        self._take_credits()
+        self._hear_announcements()
+        await self._obey()
+
+    async def _let_the_loop_turn(self) -> None:
+        """Let timers, signals and the worker's own tasks run between two experiences."""
+        now = time.monotonic()
+        if now - self._turned >= self._isolation.turn_after:
+            await _one_turn()
+            self._turned = time.monotonic()
+
     # experiences
 
     def _has_credit(self) -> bool:
-        experience = self._ends.experience
-        return bool(experience.credit or experience.refresh())
+        if not self._ends.experience.credit:
+            self._take_credits()
+            self._hear_announcements()  # what was told before the credit was given is known
+        return bool(self._ends.experience.credit)
 
-    def _on_credit(self) -> None:
+    def _take_credits(self) -> None:
         try:
             self._ends.experience.refresh()
         except QueueEnded:
             self._stopping = True
+
+    def _on_credit(self) -> None:
+        self._take_credits()
         self._wake.set()
 
     async def _collect(self) -> Any:
@@ -189,29 +225,41 @@ class WorkerRuntime:
         experience = result if isinstance(result, Experience) else Experience(result)
         try:
             place, fds = self._ring.write(experience.data)
-            frame = messages.ExperienceFrame(
-                sequence=self._status.committed,
-                version=self._version,
-                place=place,
-                new_segment=bool(fds),
-                num_steps=_num_steps(experience, place.layout),
-                info=dict(experience.info or {}),
-                seed=self._hello.seed,
-            )
-            payload = (
-                serialize.dumps(frame, "Experience.info")
-                if experience.info
-                else serialize.frame(frame)
+            info = experience.info
+            committed = self._status.committed
+            payload = messages.pack(
+                messages.ExperienceFrame(
+                    sequence=committed,
+                    version=self._version,
+                    segment=place.segment,
+                    slot=place.slot,
+                    stride=place.stride,
+                    layout=None if place.layout is self._told_layout else place.layout,
+                    new_segment=bool(fds),
+                    num_steps=_num_steps(experience, place.layout),
+                    info=serialize.dumps(dict(info), "Experience.info") if info else None,
+                    seed=self._hello.seed,
+                )
             )
         except Exception as error:
             raise HookFailed(Phase.COLLECT, error) from error
-        self._status.committed += 1
-        if self._status.committed & _RSS_MASK == 1:
+        self._status.committed = committed + 1
+        if committed & _RSS_MASK == 0:
             self._status.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-        await self._ends.experience.put(payload, fds=fds)
-        await self._ends.experience.flush()  # before the next collect keeps the loop from it
+        await self._send(self._ends.experience, payload, fds)
+        self._told_layout = place.layout
         if fds:
             self._ring.told()
+
+    @staticmethod
+    async def _send(writer: FrameWriter, payload: bytes, fds: Sequence[int] = ()) -> None:
+        """Send a frame whole, before the next collect keeps the loop from it."""
+        try:
+            writer.put_nowait(payload, fds)
+        except QueueWouldBlock:
+            await writer.put(payload, fds=fds)
+        if writer.is_sending:
+            await writer.flush()
 
     def _worn_out(self) -> str:
         """Return why a successor shall take over, or ""; not before one experience."""
@@ -226,9 +274,13 @@ class WorkerRuntime:
 
     # weights
 
+    def _is_behind(self) -> bool:
+        """Return whether there are newer weights, or an acknowledgement is owed."""
+        weights = self._weights
+        return self._owed_version > 0 or (weights is not None and weights.latest > self._version)
+
     async def _load_newest(self) -> None:
         """Take the newest weights, if they are newer, and acknowledge what was asked for."""
-        self._hear_announcements()
         weights = self._weights
         if weights is not None and weights.latest > self._version:
             self._status.version = weights.latest
@@ -258,7 +310,7 @@ class WorkerRuntime:
     def _hear_announcements(self) -> None:
         while (frame := _next(self._ends.model)) is not None:
             payload, fds = frame
-            message = serialize.loads(payload)
+            message = messages.unpack(payload)
             if isinstance(message, messages.Arena):
                 self._weights = WeightsReader(fds[0], message.layout)
             elif message.acknowledge:
@@ -269,7 +321,7 @@ class WorkerRuntime:
     async def _obey(self) -> None:
         """Handle every control frame that has arrived, in order."""
         while (frame := _next(self._ends.control)) is not None:
-            message = serialize.loads(frame[0])
+            message = messages.unpack(frame[0])
             if isinstance(message, messages.Command):
                 await self._answer(message)
             elif isinstance(message, messages.Pause):
@@ -321,7 +373,7 @@ class WorkerRuntime:
         try:
             with self._isolation:
                 result = hook(*args)
-            if inspect.isawaitable(result):
+            if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
                 result = await self._isolation.drive(result)
             return result
         except BaseException as error:
@@ -333,8 +385,7 @@ class WorkerRuntime:
                 self._status.enter(Phase.IDLE)
 
     async def _tell(self, message: Any) -> None:
-        await self._ends.reply.put(serialize.frame(message))
-        await self._ends.reply.flush()  # before the next collect keeps the loop from it
+        await self._send(self._ends.reply, messages.pack(message))
 
     async def _tell_failure(self, failure: HookFailed) -> None:
         await self._tell(
@@ -381,8 +432,6 @@ def _without_our_frames(error: BaseException) -> BaseException:
 
 
 @types.coroutine
-def _let_the_loop_turn() -> Generator[None, None, None]:
-    """Let timers, signals and the worker's own tasks run between two experiences."""
-    # Twice: what has arrived is found in the first turn and heard at its end.
-    yield
+def _one_turn() -> Generator[None, None, None]:
+    """Let everything else that is due in this loop run once."""
     yield

@@ -63,6 +63,15 @@ class FrameReader:
         self._arrived = Watch(sock.fileno(), writing=False, work=self._arrive)
         self._tellable = Watch(sock.fileno(), writing=True, work=self._tell)
 
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this end's."""
+        return self._sock.fileno()
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a frame, or the end, was received and not taken; makes no system call."""
+        return bool(self._frames) or self._end is not None
+
     @property
     def ended(self) -> QueueError | None:
         """Why no more frames will arrive, or ``None``."""
@@ -212,6 +221,8 @@ class FrameReader:
         return count, is_cut
 
     def _parse(self, data: memoryview) -> None:
+        if self._body is None and not self._head:
+            data = data[self._take_whole(data) :]
         while data and self._end is None:
             if self._body is None:
                 take = wire.HEADER.size - len(self._head)
@@ -228,6 +239,22 @@ class FrameReader:
                 self._filled += len(part)
                 data = data[len(part) :]
                 self._complete()
+
+    def _take_whole(self, data: memoryview) -> int:
+        """Take the frames at the beginning of ``data`` that are whole and came without descriptors.
+
+        Nearly all do. Returns the bytes taken.
+        """
+        at, size = 0, len(data)
+        while at + wire.HEADER.size <= size:
+            (head,) = wire.HEADER.unpack_from(data, at)
+            end = at + wire.HEADER.size + head  # beyond any end where descriptors are counted
+            if end > size:
+                break
+            body = bytearray(data[at + wire.HEADER.size : end])
+            self._frames.append((memoryview(body), []))
+            at = end
+        return at
 
     def _begin(self, nbytes: int, num_fds: int) -> None:
         """Begin a frame; its descriptors came with its first byte."""

@@ -6,6 +6,7 @@ import array
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from keisei.exceptions import QueueClosed, QueueEnded, QueueError, QueueTimeout, QueueWouldBlock
 from keisei.ipc import wire
@@ -41,6 +42,15 @@ class FrameWriter:
         """Frames that may be sent now, without reading new credits; ``None`` is no bound."""
         return None if self._bound is None else self._bound + self.acknowledged - self.sent
 
+    def fileno(self) -> int:
+        """Return the descriptor, which stays this end's."""
+        return self._sock.fileno()
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether bytes that were put wait for the operating system to take them."""
+        return bool(self._unsent)
+
     @property
     def closed(self) -> bool:
         """Whether this end was closed or given away."""
@@ -73,33 +83,46 @@ class FrameWriter:
             ValueError: ``fds`` are too many for one frame.
         """
         self._check()
-        self._flush()
+        if self._unsent:
+            self._flush()
         if self._bound is None:
             if self.sent % _UNHEARD == _UNHEARD - 1:
                 self._refill()  # nobody waits for these credits, but they must not pile up
         elif self.credit == 0:
             self._refill()
-        self._check()
-        if self.credit == 0:
-            raise QueueWouldBlock("the queue is full")
+            if self.credit == 0 and self._ended is None:
+                raise QueueWouldBlock("the queue is full")
+        if self._ended is not None:
+            self._check()
         if len(fds) > wire.MAX_FDS:
             raise ValueError(f"a frame carries up to {wire.MAX_FDS} descriptors, not {len(fds)}")
-        body = memoryview(payload).cast("B")
-        header = wire.HEADER.pack(len(body) | len(fds) << wire.LENGTH_BITS)
-        done = 0 if self._unsent else self._send((header, body[: wire.SHARE]), fds)
+        if isinstance(payload, memoryview):
+            payload = payload.cast("B")
+        size = len(payload)
+        header = wire.HEADER.pack(size | len(fds) << wire.LENGTH_BITS)
+        done = 0 if self._unsent else self._send(header, payload, fds)
         if not done and (fds or self._bound is None):
             raise QueueWouldBlock("the frames before are still on their way")
         self.sent += 1
-        rest = memoryview(header)[done:], body[max(0, done - len(header)) :]
-        self._unsent.extend(part for part in rest if part)
-        if self._unsent:
+        if done < len(header) + size:
+            self._keep(header, done)
+            self._keep(payload, done - len(header))
             self._drained.begin()
 
-    def _send(self, parts: Sequence[bytes | memoryview], fds: Sequence[int]) -> int:
+    def _keep(self, part: bytes | memoryview, done: int) -> None:
+        """Keep for later what remains of ``part`` when ``done`` bytes of it are sent."""
+        if done < len(part):
+            self._unsent.append(memoryview(part)[max(0, done) :])
+
+    def _send(self, header: bytes, body: bytes | memoryview, fds: Sequence[int]) -> int:
         """Return how many bytes the operating system takes."""
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else ()
+        if len(body) > wire.SHARE:
+            body = memoryview(body)[: wire.SHARE]
+        rights: tuple[Any, ...] = ()
+        if fds:
+            rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)),)
         try:
-            return self._sock.sendmsg(parts, rights, wire.SEND_FLAGS)
+            return self._sock.sendmsg((header, body), rights, wire.SEND_FLAGS)
         except BlockingIOError:
             return 0
         except ConnectionError as error:

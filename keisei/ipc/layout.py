@@ -40,21 +40,8 @@ class Layout(NamedTuple):
         return cls(tuple(fields), max(offset, ALIGNMENT))
 
     def views(self, buffer: Any, base: int = 0) -> dict[str, torch.Tensor]:
-        """Return tensors that alias ``buffer``, a writable buffer, from byte ``base`` on.
-
-        They keep ``buffer`` alive. A tensor without elements aliases nothing.
-        """
-        views = {}
-        for name, dtype, shape, offset, nbytes in self.fields:
-            kind = getattr(torch, dtype)
-            if nbytes:
-                flat = torch.frombuffer(
-                    buffer, dtype=kind, count=nbytes // kind.itemsize, offset=base + offset
-                )
-                views[name] = flat.view(shape)
-            else:
-                views[name] = torch.empty(shape, dtype=kind)
-        return views
+        """Return tensors that alias ``buffer``, as ``Views`` makes them."""
+        return Views(self).on(buffer, base)
 
     def differences(self, other: Layout) -> list[str]:
         """Return one line for each way in which ``other`` does not fit this layout."""
@@ -76,6 +63,33 @@ class Layout(NamedTuple):
             if given.dtype != field.dtype:
                 lines.append(f"{name}: dtype {given.dtype} instead of {field.dtype}")
         return lines
+
+
+class Views:
+    """Makes the tensors of one layout, on one buffer after another."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._fields = [self._prepared(field) for field in layout.fields]
+
+    @staticmethod
+    def _prepared(field: Field) -> tuple[str, torch.dtype, int, int, tuple[int, ...]]:
+        dtype: torch.dtype = getattr(torch, field.dtype)
+        return field.name, dtype, field.nbytes // dtype.itemsize, field.offset, field.shape
+
+    def on(self, buffer: Any, base: int = 0) -> dict[str, torch.Tensor]:
+        """Return tensors that alias ``buffer``, a writable buffer, from byte ``base`` on.
+
+        They keep ``buffer`` alive. A tensor without elements aliases nothing.
+        """
+        views = {}
+        for name, dtype, count, offset, shape in self._fields:
+            if count:
+                flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=base + offset)
+                views[name] = flat if len(shape) == 1 else flat.view(shape)
+            else:
+                views[name] = torch.empty(shape, dtype=dtype)
+        return views
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any, NamedTuple
 
+from keisei.exceptions import SerializationError
+from keisei.ipc import serialize
 from keisei.ipc.layout import Layout
-from keisei.ipc.ring import Place
 
 # application -> worker, control queue
 
@@ -114,12 +116,60 @@ class Goodbye(NamedTuple):
 
 
 class ExperienceFrame(NamedTuple):
-    """One experience lies in shared memory; a new segment comes with its descriptor."""
+    """One experience lies in shared memory, in a slot of ``stride`` bytes.
+
+    A new segment comes with its descriptor. ``layout`` is ``None`` where it is that of the frame
+    before: it would be most of the frame. ``info`` is pickled, ``None`` if empty.
+    """
 
     sequence: int
     version: int
-    place: Place
+    segment: int
+    slot: int
+    stride: int
+    layout: Layout | None
     new_segment: bool
     num_steps: int
-    info: dict[str, Any]
+    info: bytes | None
     seed: int
+
+
+_KINDS: tuple[type[Any], ...] = (
+    Hello,
+    Command,
+    Pause,
+    Resume,
+    Stop,
+    Arena,
+    Announcement,
+    Ready,
+    Reply,
+    ReplyError,
+    Applied,
+    Failed,
+    Goodbye,
+    ExperienceFrame,
+)
+_NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
+
+
+def pack(message: Any) -> bytes:
+    """Return the frame of a message: its kind's number and its fields, pickled.
+
+    Far cheaper than the message itself, whose class would be named and looked up each time. Its
+    fields hold plain values only, or bytes that ``serialize.dumps`` has made.
+    """
+    return pickle.dumps((_NUMBERS[type(message)], *message), pickle.HIGHEST_PROTOCOL)
+
+
+def unpack(frame: bytes | bytearray | memoryview) -> Any:
+    """Return the message in a frame.
+
+    Raises:
+        SerializationError: It is none.
+    """
+    fields = serialize.loads(frame, "a frame")
+    try:
+        return _KINDS[fields[0]]._make(fields[1:])
+    except (TypeError, IndexError, KeyError) as error:
+        raise SerializationError(f"a frame holds no message ({error})") from error

@@ -35,7 +35,7 @@ _RETIRED = _MAX_SLOTS
 
 
 class Place(NamedTuple):
-    """Where one experience lies: what the frame about it says."""
+    """Where one experience lies, and as what."""
 
     segment: int
     slot: int
@@ -51,7 +51,7 @@ class _Segment:
         self.slots = slots
         self.stride = stride
         self.fd, self.map = memory.create(_STATES + slots * stride, "keisei-experience")
-        self.views: dict[int, tuple[Layout, list[torch.Tensor]]] = {}
+        self.targets: dict[int, tuple[Layout, list[tuple[torch.Tensor, Any]]]] = {}
         self.told = False
 
     def free_slot(self) -> int:
@@ -95,16 +95,22 @@ class RingWriter:
             TypeError: Something in ``data`` cannot be shared; names the key and the type.
             OSError: There is no memory for another segment.
         """
-        items = _checked(data)
-        signature = [(name, value.dtype, value.shape) for name, value in items]
-        if signature != self._signature:
+        signature = _signature(data)
+        if signature is None or signature != self._signature:
+            _check(data)
+            self._signature = [(name, value.dtype, value.shape) for name, value in data.items()]
             self._layout = Layout.of(
-                (name, _torch_dtype(name, dtype), tuple(shape)) for name, dtype, shape in signature
+                (name, _torch_dtype(name, dtype), tuple(shape))
+                for name, dtype, shape in self._signature
             )
-            self._signature = signature
         segment, slot = self._claim(self._layout.nbytes)
-        for target, (name, value) in zip(self._views(segment, slot), items, strict=True):
-            _copy(target, name, value)
+        for (tensor, array), (name, value) in zip(
+            self._targets(segment, slot), data.items(), strict=True
+        ):
+            if array is None:
+                _copy(tensor, name, value)
+            else:
+                array[...] = value  # NumPy's copy: it knows strides and byte orders of any kind
         segment.map[slot] = BUSY
         place = Place(segment.number, slot, segment.stride, self._layout)
         return place, [] if segment.told else [segment.fd]
@@ -148,11 +154,16 @@ class RingWriter:
         self._segments.append(segment)
         return segment
 
-    def _views(self, segment: _Segment, slot: int) -> list[torch.Tensor]:
-        cached = segment.views.get(slot)
+    def _targets(self, segment: _Segment, slot: int) -> list[tuple[torch.Tensor, Any]]:
+        """Return the tensors of a slot, and as arrays those that arrays will be copied to."""
+        cached = segment.targets.get(slot)
         if cached is None or cached[0] is not self._layout:
-            views = self._layout.views(segment.map, _STATES + slot * segment.stride)
-            cached = segment.views[slot] = (self._layout, list(views.values()))
+            views = self._layout.views(segment.map, _STATES + slot * segment.stride).values()
+            targets = [
+                (view, None if isinstance(dtype, torch.dtype) else view.numpy())
+                for view, (_, dtype, _) in zip(views, self._signature, strict=True)
+            ]
+            cached = segment.targets[slot] = (self._layout, targets)
         return cached[1]
 
 
@@ -172,27 +183,29 @@ class RingReader:
         Raises:
             IndexError: It is not.
         """
-        shared = self._maps.get(place.segment)
-        end = _STATES + (place.slot + 1) * place.stride
-        fits = 0 <= place.slot < _MAX_SLOTS and place.layout.nbytes <= place.stride
-        if shared is None or not fits or end > len(shared):
-            raise IndexError(f"slot {place.slot} of segment {place.segment} was never shared")
+        segment, slot, stride, layout = place
+        shared = self._maps.get(segment)
+        fits = 0 <= slot < _MAX_SLOTS and layout.nbytes <= stride
+        if shared is None or not fits or _STATES + (slot + 1) * stride > len(shared):
+            raise IndexError(f"slot {slot} of segment {segment} was never shared")
 
     def slot(self, place: Place) -> ctypes.Array[Any]:
         """Return a buffer on the slot; the slot is free again when nothing refers to it.
 
         Every tensor built on the buffer keeps it alive. Safe to drop in any thread.
         """
-        shared = self._maps[place.segment]
+        number, slot, stride, _ = place
+        shared = self._maps[number]
         if len(self._maps) > 1:
             self._maps = {
-                number: segment
-                for number, segment in self._maps.items()
-                if number == place.segment or not segment[_RETIRED]
+                other: segment
+                for other, segment in self._maps.items()
+                if other == number or not segment[_RETIRED]
             }
-        kind = _buffer_type(place.stride)
-        buffer: ctypes.Array[Any] = kind.from_buffer(shared, _STATES + place.slot * place.stride)
-        weakref.finalize(buffer, shared.__setitem__, place.slot, FREE).atexit = False
+        buffer: ctypes.Array[Any] = _buffer_type(stride).from_buffer(
+            shared, _STATES + slot * stride
+        )
+        weakref.finalize(buffer, shared.__setitem__, slot, FREE).atexit = False
         return buffer
 
     def close(self) -> None:
@@ -206,19 +219,32 @@ def _buffer_type(nbytes: int) -> Any:
     return type("SlotBuffer", (ctypes.c_ubyte * nbytes,), {})
 
 
-def _copy(target: torch.Tensor, name: str, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        try:
-            target.copy_(value.detach())
-        except NotImplementedError as error:
-            raise TypeError(
-                f"experience[{name!r}] is a {value.dtype} tensor, which torch cannot copy"
-            ) from error
-    else:
-        target.numpy()[...] = value  # NumPy's copy: it knows strides and byte orders of any kind
+def _copy(target: torch.Tensor, name: str, value: torch.Tensor) -> None:
+    try:
+        target.copy_(value.detach() if value.requires_grad else value)
+    except NotImplementedError as error:
+        raise TypeError(
+            f"experience[{name!r}] is a {value.dtype} tensor, which torch cannot copy"
+        ) from error
 
 
-def _checked(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _signature(data: Mapping[str, Any]) -> list[tuple[str, Any, Any]] | None:
+    """Return names, dtypes and shapes; ``None`` where anything is not as usual."""
+    if type(data) is not dict or not data:
+        return None
+    signature = []
+    for name, value in data.items():
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or value.is_nested or value.is_meta:
+                return None
+        elif type(value).__module__ != "numpy":
+            return None
+        signature.append((name, value.dtype, value.shape))
+    return signature
+
+
+def _check(data: Mapping[str, Any]) -> None:
+    """Refuse what cannot be shared."""
     if not isinstance(data, Mapping):
         raise TypeError(
             f"an experience must be a mapping of names to tensors or arrays, not {_kind(data)}"
@@ -240,7 +266,6 @@ def _checked(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
                 f"experience[{name!r}] is {_kind(value)}; give a torch tensor or a NumPy array "
                 "(small values of other kinds travel in Experience.info)"
             )
-    return list(data.items())
 
 
 def _special_kind(tensor: torch.Tensor) -> str:

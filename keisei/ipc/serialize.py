@@ -85,11 +85,6 @@ def _reason(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
 
-def frame(message: tuple[Any, ...]) -> bytes:
-    """Pickle a message of our own that holds plain values only."""
-    return pickle.dumps(message, PROTOCOL)
-
-
 def loads(data: bytes | bytearray | memoryview, what: str = "value") -> Any:
     """Undo ``dumps``.
 

@@ -68,7 +68,7 @@ async def test_workers_never_see_half_of_a_version(make_manager):
 
 
 async def test_the_first_large_weights_do_not_block_the_loop(make_manager):
-    """Their memory is reserved and filled beside the loop; a push that is cut short is whole or not."""
+    """Their memory is reserved and filled beside it; a push that is cut short is whole or not."""
     weights = {"w": torch.ones(64 << 20)}
     async with fail_after(LIMIT), make_manager(pool_workers.Counting) as manager:
         pushing = asyncio.create_task(manager.push_weights(weights))

@@ -648,8 +648,9 @@ def test_a_copy_that_fails_leaves_the_slot_free(make_ring):
         def detach(self):
             raise RuntimeError("the device is gone")
 
+    torn = torch.ones(3, requires_grad=True).as_subclass(Torn)
     with pytest.raises(RuntimeError, match="the device is gone"):
-        ring.writer.write({"a": torch.ones(3), "b": torch.ones(3).as_subclass(Torn)})
+        ring.writer.write({"a": torch.ones(3), "b": torn})
     assert ring.states() == [0]
     assert FREE == 0
 

@@ -210,15 +210,6 @@ def test_plain_values_arrive_equal(value):
         assert (type(copy), copy) == (type(value), value)
 
 
-def test_a_message_of_our_own_is_an_ordinary_frame():
-    """What ``frame`` packs, ``loads`` unpacks."""
-    assert serialize.loads(serialize.frame(("message", 1, b"payload"))) == (
-        "message",
-        1,
-        b"payload",
-    )
-
-
 class Raising:
     """Raises what it was given while it is pickled."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from keisei.backends.endpoints import WorkerEndpoints
@@ -21,8 +21,9 @@ from keisei.exceptions import (
     WorkerLost,
 )
 from keisei.ipc import messages, serialize
+from keisei.ipc.layout import Layout, Views
 from keisei.ipc.queues import AsyncQueue
-from keisei.ipc.ring import RingReader
+from keisei.ipc.ring import Place, RingReader
 from keisei.ipc.status import Phase, StatusLine
 from keisei.supervision.exits import LastWords
 from keisei.training.parallel.batch import ExperienceBatch
@@ -30,34 +31,39 @@ from keisei.training.parallel.batch import ExperienceBatch
 E = TypeVar("E")
 
 _REMEMBERED = 256
-_FRAME = "a frame of the worker"
+_NO_VIEWS = Views(Layout((), 0))
 
 
 class Arrival(NamedTuple):
     """An experience that a worker has committed and nobody has taken."""
 
     channel: Channel
-    frame: messages.ExperienceFrame
+    place: Place
+    views: Views
+    info: Mapping[str, Any]
+    num_steps: int
+    sequence: int
+    version: int
+    seed: int
 
     def open(self, newest_version: int) -> ExperienceBatch:
         """Wrap the shared memory as tensors; from now on they own the slot."""
-        frame = self.frame
-        slot = self.channel.ring.slot(frame.place)
+        channel, place, views, info, num_steps, sequence, version, seed = self
         return ExperienceBatch(
-            frame.place.layout.views(slot),
-            frame.info,
-            frame.num_steps,
-            worker_id=self.channel.worker_id,
-            incarnation=self.channel.incarnation,
-            sequence=frame.sequence,
-            weights_version=frame.version,
-            staleness=max(0, newest_version - frame.version),
-            seed=frame.seed,
+            views.on(channel.ring.slot(place)),
+            info,
+            num_steps,
+            channel.worker_id,
+            channel.incarnation,
+            sequence,
+            version,
+            max(0, newest_version - version),
+            seed,
         )
 
     def drop(self) -> None:
         """Give the slot back unread."""
-        self.channel.ring.slot(self.frame.place)
+        self.channel.ring.slot(self.place)
 
 
 class Listener(NamedTuple):
@@ -98,6 +104,7 @@ class Channel:
         self.received = 0
         self.is_ready = False
         self.is_paused = False
+        self._views = _NO_VIEWS
         self._goodbye: messages.Goodbye | None = None
         self._failed: messages.Failed | None = None
         self._listener: Listener | None = None
@@ -133,7 +140,7 @@ class Channel:
         Raises:
             QueueEnded: The worker can hear no more.
         """
-        payload = serialize.frame(message)
+        payload = messages.pack(message)
         if not self._unsent:
             try:
                 _held(self.control.writer).put_nowait(payload)
@@ -160,7 +167,7 @@ class Channel:
     def announce(self, message: Any, fd: int | None = None) -> None:
         """Send a frame about weights; raises ``QueueWouldBlock`` or ``QueueEnded``."""
         fds = [] if fd is None else [fd]
-        _held(self.model.writer).put_nowait(serialize.frame(message), fds)
+        _held(self.model.writer).put_nowait(messages.pack(message), fds)
 
     @property
     def outstanding(self) -> int:
@@ -265,13 +272,29 @@ class Channel:
             self._listener.on_trouble(self, what, may_be_dying)
 
     def _experience(self, payload: memoryview, fds: list[int]) -> None:
-        frame: messages.ExperienceFrame = serialize.loads(payload, _FRAME)
+        frame: messages.ExperienceFrame = messages.unpack(payload)
         if frame.new_segment:
-            self.ring.add(frame.place.segment, fds[0])
-        self.ring.check(frame.place)
+            self.ring.add(frame.segment, fds[0])
+        if frame.layout is not None:
+            self._views = Views(frame.layout)
+        views = self._views
+        place = Place(frame.segment, frame.slot, frame.stride, views.layout)
+        self.ring.check(place)
+        info = {} if frame.info is None else serialize.loads(frame.info, "Experience.info")
         self.received += 1
         if self._listener is not None:
-            self._listener.on_arrival(Arrival(self, frame))
+            self._listener.on_arrival(
+                Arrival(
+                    self,
+                    place,
+                    views,
+                    info,
+                    frame.num_steps,
+                    frame.sequence,
+                    frame.version,
+                    frame.seed,
+                )
+            )
 
     def _hear(self, payload: memoryview, _: list[int]) -> None:
         if len(payload) <= serialize.LARGE:
@@ -391,7 +414,7 @@ class _Unreadable(NamedTuple):
 
 def _unpacked(payload: memoryview) -> tuple[Any, Any]:
     """Return the message in a frame, and the value of a reply."""
-    message = serialize.loads(payload, _FRAME)
+    message = messages.unpack(payload)
     if not isinstance(message, messages.Reply):
         return message, None
     try:

@@ -171,7 +171,8 @@ class Flow:
         demand = 1 if num_steps is None else num_steps
         self._demand += demand
         try:
-            self.top_up()
+            if num_steps is not None or self._paces():  # one experience was granted already
+                self.top_up()
             while not self._has(num_steps) and not is_over():
                 self._begin_round()
                 self._changed.clear()
@@ -253,9 +254,9 @@ class Flow:
         if limit is None or self._config.staleness_policy != "drop":
             return
         oldest = self._newest - limit
-        too_old = [one for one in self._arrivals if one.frame.version < oldest]
+        too_old = [one for one in self._arrivals if one.version < oldest]
         if too_old:
-            self._arrivals = deque(one for one in self._arrivals if one.frame.version >= oldest)
+            self._arrivals = deque(one for one in self._arrivals if one.version >= oldest)
         for arrival in too_old:
             self._uncount(arrival)
             self._discard(arrival)
@@ -290,7 +291,7 @@ class Flow:
     def _append(self, arrival: Arrival) -> None:
         self._arrivals.append(arrival)
         self._queued[arrival.channel.worker_id] += 1
-        self._steps_queued += arrival.frame.num_steps
+        self._steps_queued += arrival.num_steps
 
     def _pop(self) -> Arrival:
         arrival = self._arrivals.popleft()
@@ -299,7 +300,7 @@ class Flow:
 
     def _uncount(self, arrival: Arrival) -> None:
         self._queued[arrival.channel.worker_id] -= 1
-        self._steps_queued -= arrival.frame.num_steps
+        self._steps_queued -= arrival.num_steps
 
     def _drop_oldest_of(self, worker_id: int) -> None:
         for index, arrival in enumerate(self._arrivals):
