@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from keisei.exceptions import ManagerStateError, WorkerError
+from keisei.exceptions import ManagerStateError, PoolExhausted, WorkerError
 from keisei.testing import failpoints
 from keisei.testing.failpoints import Failpoint
 
@@ -107,12 +107,14 @@ class ChaosMonkey:
             sleep: Waits for so many seconds; a test may bring its own clock.
 
         Raises:
-            ValueError: A fault is not known.
+            ValueError: A fault is not known, or the rate is not positive.
         """
         unknown = sorted(set(faults) - SIGNALS.keys() - ARMED.keys())
         if unknown:
             known = ", ".join(sorted({*SIGNALS, *ARMED}))
             raise ValueError(f"unknown faults: {', '.join(unknown)}; there are {known}")
+        if not rate > 0:
+            raise ValueError(f"rate is {rate}; give a positive number of faults per second")
         self.injections: list[Injection] = []
         self._manager = manager
         self._random = random.Random(seed)
@@ -174,6 +176,6 @@ class ChaosMonkey:
             await self._manager.send_command(
                 failpoints.ARM, [ARMED[fault]()], worker_ids=[victim.worker_id]
             )
-        except (WorkerError, ManagerStateError):
+        except (WorkerError, ManagerStateError, PoolExhausted):
             return False
         return True
