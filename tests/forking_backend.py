@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,7 +113,10 @@ class ForkingBackend:
 
     def fork(self, endpoints: WorkerEndpoints, crash_fd: int) -> ForkedProcess:
         fds = endpoints.detach()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # The other threads are pytest's, and the child does not need them.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             self.serve(fds, crash_fd)
         for fd in fds:
