@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from keisei.config import ParallelConfig, RestartPolicy
+from keisei.testing.conformance import BACKEND_CHECKS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,6 +72,28 @@ def test_the_program_of_the_readme_is_short():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     lines = [line for block in blocks[:2] for line in block.splitlines() if line.strip()]
     assert len(lines) <= 40
+
+
+@pytest.mark.timeout(120)
+def test_the_tests_of_the_readme_pass(tmp_path):
+    """The block under Testing, with the plugin loaded as it says, tests the worker above."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    plugins = re.search(r"`(pytest_plugins = .*?)`", README)
+    assert plugins is not None
+    (tmp_path / "conftest.py").write_text(plugins[1], encoding="utf-8")
+    (tmp_path / "quickstart_worker.py").write_text(blocks[0], encoding="utf-8")
+    (tests,) = [block for block in blocks if "import asyncio, pytest" in block]
+    (tmp_path / "test_mine.py").write_text(tests, encoding="utf-8")
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:asyncio", "-p", "no:anyio"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert re.search(rf"^{1 + len(BACKEND_CHECKS)} passed in ", done.stdout, re.MULTILINE)
 
 
 def test_every_session_that_the_readme_names_exists():

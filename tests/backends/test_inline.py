@@ -31,25 +31,6 @@ async def turn(times: int = 10) -> None:
         await turned
 
 
-@pytest.mark.parametrize("kill", [InlineProcess.kill, InlineProcess.terminate])
-@pytest.mark.parametrize("turns", [0, 10])
-async def test_a_killed_task_is_gone_and_closes_its_queues(kill, turns):
-    """Cancelled before its first step or later, it ends as SIGKILL would and closes its ends."""
-    async with fail_after(LIMIT):
-        communicator, process = await start()
-        await turn(turns)
-        assert not process.has_exited
-        kill(process)
-        assert await process.wait() == -9
-        assert process.has_exited
-        reader = communicator.channels[0].reply.reader
-        reader.drain()
-        assert reader.ended is not None
-        kill(process)
-        process.close()
-        await communicator.cleanup()
-
-
 async def test_a_task_that_fails_has_an_exit_code_and_a_report(monkeypatch):
     """An error of the library's own in it is no error of whoever waits for it."""
 
@@ -76,21 +57,6 @@ async def test_a_task_shows_where_it_stands():
         process.kill()
         await process.wait()
         assert process.crash_report() == ""
-        await communicator.cleanup()
-
-
-async def test_many_may_wait_and_be_cancelled():
-    """A waiter that is cancelled takes neither the task nor the other waiters with it."""
-    async with fail_after(LIMIT):
-        communicator, process = await start()
-        waiters = [asyncio.create_task(process.wait()) for _ in range(3)]
-        await turn()
-        waiters[0].cancel()
-        await turn()
-        assert waiters[0].cancelled()
-        assert not process.has_exited
-        process.kill()
-        assert await asyncio.gather(*waiters[1:]) == [-9, -9]
         await communicator.cleanup()
 
 

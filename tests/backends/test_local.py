@@ -7,7 +7,6 @@ import contextlib
 import functools
 import gc
 import os
-import resource
 import signal
 import sys
 import threading
@@ -410,61 +409,6 @@ async def test_restarts_leave_no_descriptor_behind(make_manager, start_method):
     assert counts == [counts[0]] * restarts
 
 
-@contextlib.contextmanager
-def descriptors_left(number: int) -> Iterator[None]:
-    """Let this process open only so many descriptors more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = []
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(descriptors()) + 50, hard))
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        for _ in range(number):
-            os.close(taken.pop())
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for fd in taken:
-            os.close(fd)
-
-
-@pytest.mark.usefixtures("_warm_fork_server")
-async def test_a_start_without_descriptors_fails_and_closes_everything(start_method):
-    """Wherever in a start the descriptors run out, it is an ``OSError`` and nothing stays open."""
-    async with fail_after(LIMIT):
-        backend = open_backend(start_method)
-        await backend.open()
-        failures = 0
-        for number in range(20):
-            communicator = WorkerCommunicator(1)
-            endpoints = communicator.endpoints(0)
-            before = descriptors()
-            with descriptors_left(number):
-                try:
-                    handle = await backend.start(endpoints, "test")
-                except OSError:
-                    failures += 1
-                    handle = None
-            if handle is not None:
-                handle.kill()
-                assert await handle.wait() == -9
-                handle.close()
-            await communicator.cleanup()
-            assert descriptors().keys() <= before.keys()
-            if handle is not None:
-                break
-        assert handle is not None
-        assert failures >= 3
-        await backend.aclose()
-
-
-def open_backend(start_method: str) -> LocalBackend:
-    return LocalBackend(
-        pickle_factory(Obedient), start_method=start_method, preload=None, max_concurrent_starts=2
-    )
-
-
 async def test_a_system_without_room_for_a_process_is_asked_again(make_manager, monkeypatch):
     """EAGAIN is a failed start, which is tried again."""
     real = launch.util.spawnv_passfds
@@ -505,6 +449,12 @@ async def test_a_system_without_room_for_a_thread_is_asked_again(make_manager, m
 
 
 # starts that nobody waits for any more
+
+
+def open_backend(start_method: str) -> LocalBackend:
+    return LocalBackend(
+        pickle_factory(Obedient), start_method=start_method, preload=None, max_concurrent_starts=2
+    )
 
 
 @pytest.mark.usefixtures("_warm_fork_server")
