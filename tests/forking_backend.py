@@ -63,6 +63,9 @@ class ForkedProcess:
     def crash_report(self) -> str:
         return os.pread(self.crash_fd, 1 << 16, 0).decode()
 
+    def stderr_tail(self) -> str:
+        return ""
+
     def state(self) -> str:
         try:
             return Path(f"/proc/{self.number}/stat").read_text().rpartition(")")[2].split()[0]

@@ -24,6 +24,7 @@ from keisei.ipc import memory
 _PROCESS_GROUP = 1 << 2
 _EXIT_CODE_PATIENCE = 2.0
 _STDERR_PATIENCE = 1.0
+_UNDO_PATIENCE = 2.0
 _MAX_REPORT = 1 << 18
 
 
@@ -55,6 +56,7 @@ class LocalBackend:
             self._preload = (*OWN_MODULES, *chosen)
         self._starts = asyncio.Semaphore(max_concurrent_starts)
         self._stderr = StderrRelay()
+        self._undoing: set[asyncio.Future[None]] = set()
         self._is_open = False
 
     async def open(self) -> None:
@@ -92,15 +94,26 @@ class LocalBackend:
                 try:
                     await asyncio.shield(starting)
                 except asyncio.CancelledError:
-                    starting.add_done_callback(start.undo_later)
+                    self._undoing.add(starting)
+                    starting.add_done_callback(functools.partial(self._undo, start))
                     raise
         finally:
             endpoints.close()
         try:
             return LocalProcess(start.process, start.pidfd, start.crash_fd, start.stderr)
         except BaseException:
-            _aside(start.undo)
+            self._keep(_aside(start.undo))
             raise
+
+    def _undo(self, start: _Start, started: asyncio.Future[None]) -> None:
+        """Hear that a start is done, when nobody waits for it any more."""
+        self._undoing.discard(started)
+        if started.exception() is None:
+            self._keep(_aside(start.undo))
+
+    def _keep(self, undoing: asyncio.Future[None]) -> None:
+        self._undoing.add(undoing)
+        undoing.add_done_callback(self._undoing.discard)
 
     def _described(self, endpoints: WorkerEndpoints, name: str) -> _Start:
         with contextlib.ExitStack() as undo:
@@ -120,9 +133,15 @@ class LocalBackend:
             _aside(launch.server.abort)
 
     async def aclose(self) -> None:
-        """Let the fork server go; it ends when nobody else keeps it."""
+        """Let the fork server go; it ends when nobody else keeps it.
+
+        A start that was cancelled, and is still being undone, is waited for, unless it hangs.
+        """
         was_open, self._is_open = self._is_open, False
         if was_open:
+            deadline = asyncio.get_running_loop().time() + _UNDO_PATIENCE
+            while self._undoing and (left := deadline - asyncio.get_running_loop().time()) > 0:
+                await asyncio.wait(set(self._undoing), timeout=left)
             await asyncio.shield(_aside(self._let_go))
 
     def _let_go(self) -> None:
@@ -184,11 +203,6 @@ class _Start:
         if self.pidfd is not None:
             os.close(self.pidfd)
         self._close_ours()
-
-    def undo_later(self, started: asyncio.Future[None]) -> None:
-        """Hear that the start is done, when nobody waits for it any more."""
-        if started.exception() is None:
-            _aside(self.undo)
 
     def _end(self) -> None:
         self.process.kill()

@@ -70,7 +70,7 @@ def test_the_order_is_kept(relay, capfd):
     assert capfd.readouterr().err == "".join(lines)
 
 
-def test_a_pipe_that_has_ended_is_no_work(relay):
+def test_a_pipe_that_has_ended_is_no_work(relay, capfd):
     """The thread waits for the pipes that are left."""
     ended, end = relay.pipe()
     other, other_end = relay.pipe()

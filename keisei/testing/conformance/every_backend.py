@@ -13,7 +13,7 @@ from keisei.backends.base import Backend
 from keisei.testing.conformance.baseline import Baseline, turn
 from keisei.testing.conformance.checking import LIMIT, checked, require, require_equal
 from keisei.testing.conformance.pool import run_pool
-from keisei.testing.conformance.stage import FACTORY, Stage, hold_no_effect, wait_ended
+from keisei.testing.conformance.stage import Stage, hold_no_effect, wait_ended
 from keisei.testing.failpoints import Gate
 
 _MOST_DESCRIPTORS = 64
@@ -195,9 +195,10 @@ async def check_abort_of_starts(backend: Backend) -> None:
         await asyncio.wait([starting])
         error = starting.exception()
         if error is None:
-            actor = stage.add(starting.result(), channel)
-            actor.handle.kill()
-            await actor.handle.wait()
+            handle = starting.result()
+            handle.kill()
+            await handle.wait()
+            handle.close()
         elif not isinstance(error, OSError):
             raise AssertionError("a start that was aborted raises no OSError") from error
         await wait_ended(channel)
@@ -209,7 +210,7 @@ async def check_abort_of_starts(backend: Backend) -> None:
 @checked
 async def check_pool(backend: Backend) -> None:
     """A pool runs on it: commands, weights and batches are exact, also after a restart."""
-    await run_pool(backend, FACTORY)
+    await run_pool(backend)
 
 
 # where a start can be made to hang

@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import torch
 
+from keisei.backends.base import Backend
 from keisei.config import ParallelConfig
 from keisei.events import (
     Event,
@@ -63,6 +64,7 @@ class ParallelManager:
         learner: Learner | None = None,
         config: ParallelConfig | Mapping[str, Any] | None = None,
         observers: Iterable[Observer] = (),
+        backend: Backend | None = None,
     ) -> None:
         """Describe a pool; nothing is started yet.
 
@@ -73,6 +75,8 @@ class ParallelManager:
             learner: For ``run``.
             config: A ``ParallelConfig``, or a mapping that validates to one.
             observers: Objects with ``on_event(event)``, called for every event.
+            backend: Starts the workers, in the place of the one that ``config.backend`` names;
+                this manager's alone. ``keisei.testing.conformance`` tells whether it is sound.
 
         Raises:
             ConfigurationError: The configuration cannot work; every problem is listed.
@@ -82,6 +86,7 @@ class ParallelManager:
         self._factory = pickle_factory(worker)
         self._model = model
         self._learner = learner
+        self._backend = backend
         self._observers = ObserverSet(observers)
         self._seed = self.config.seed if self.config.seed is not None else draw_root()
         self._state = _State.NEW
@@ -129,7 +134,9 @@ class ParallelManager:
         self._state = _State.STARTING
         self._loop = asyncio.get_running_loop()
         self._started_at = time.monotonic()
-        pool = self._pool = Pool(self.config, self._factory, self._seed, self._publish)
+        pool = self._pool = Pool(
+            self.config, self._factory, self._seed, self._publish, self._backend
+        )
         try:
             await pool.backend.open()
             if self._model is not None:

@@ -49,6 +49,7 @@ class Pool:
         factory: bytes,
         seed: int,
         publish: Callable[[Event], None],
+        backend: Backend | None = None,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -62,7 +63,7 @@ class Pool:
             0, max_queue_size=config.max_queue_size, timeout=config.command_timeout
         )
         self.communicator.use(Listener(self._on_arrival, self._on_ready, self._on_trouble))
-        self.backend = self._make_backend()
+        self.backend = backend or self._make_backend()
         self.supervisor = Supervisor(self, config, publish)
         self.flow = Flow(
             config,
