@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 PAGE = mmap.PAGESIZE
 
@@ -56,6 +59,20 @@ def _mapped(fd: int, size: int) -> mmap.mmap:
     if sys.version_info >= (3, 13):
         return mmap.mmap(fd, size, trackfd=False)
     return mmap.mmap(fd, size)  # keeps a copy of the descriptor as long as it lives
+
+
+def part(whole: mmap.mmap, start: int, nbytes: int) -> ctypes.Array[Any]:
+    """Return a buffer on a part of ``whole`` that can be weakly referenced.
+
+    Whatever is built on the buffer keeps it alive, so its end tells that nothing uses the part.
+    """
+    buffer: ctypes.Array[Any] = _buffer_type(nbytes).from_buffer(whole, start)
+    return buffer
+
+
+@lru_cache(maxsize=64)
+def _buffer_type(nbytes: int) -> Any:
+    return type("Buffer", (ctypes.c_ubyte * nbytes,), {})
 
 
 def anonymous_file(name: str) -> int:

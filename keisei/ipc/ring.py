@@ -16,7 +16,6 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -202,21 +201,13 @@ class RingReader:
                 for other, segment in self._maps.items()
                 if other == number or not segment[_RETIRED]
             }
-        buffer: ctypes.Array[Any] = _buffer_type(stride).from_buffer(
-            shared, _STATES + slot * stride
-        )
+        buffer = memory.part(shared, _STATES + slot * stride, stride)
         weakref.finalize(buffer, shared.__setitem__, slot, FREE).atexit = False
         return buffer
 
     def close(self) -> None:
         """Forget the segments; each stays mapped while a tensor on it lives."""
         self._maps.clear()
-
-
-@lru_cache(maxsize=64)
-def _buffer_type(nbytes: int) -> Any:
-    """Return a ctypes array type that can be weakly referenced."""
-    return type("SlotBuffer", (ctypes.c_ubyte * nbytes,), {})
 
 
 def _copy(target: torch.Tensor, name: str, value: torch.Tensor) -> None:

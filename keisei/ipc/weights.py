@@ -8,23 +8,27 @@ publisher takes no lock and waits for nobody.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from keisei.exceptions import WeightsError
 from keisei.ipc import memory
-from keisei.ipc.layout import Layout, describe
+from keisei.ipc.layout import Layout, Views, describe
 from keisei.ipc.memory import PAGE, round_up
 
 BUFFERS = 2
 """Two: what lies beside the newest version is the one before it, as ``revert`` needs."""
 _LATEST = 0
 _STAMPS = 8
+_KEPT = 1 << 26
+"""Bytes of a copy up to which a reader keeps its memory for the next one."""
 _fence_lock = threading.Lock()
 
 
@@ -42,10 +46,15 @@ class _Arena:
         self.words = memoryview(shared)[:PAGE].cast("Q")
         stride = _stride(layout)
         self.views = [layout.views(shared, PAGE + k * stride) for k in range(BUFFERS)]
+        self.whole = [_bytes_of(shared, PAGE + k * stride, layout.nbytes) for k in range(BUFFERS)]
 
     @property
     def latest(self) -> int:
         return self.words[_LATEST]
+
+
+def _bytes_of(buffer: Any, start: int, nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=start)
 
 
 def _stride(layout: Layout) -> int:
@@ -67,6 +76,7 @@ class WeightsPublisher:
             OSError: There is no memory for it.
         """
         self.layout = layout
+        self._forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
         self.fd, shared = memory.create(PAGE + BUFFERS * _stride(layout), "keisei-weights")
         self._arena = _Arena(shared, layout)
 
@@ -81,11 +91,12 @@ class WeightsPublisher:
         Raises:
             WeightsError: Keys are missing, unexpected, or of another shape or dtype.
         """
-        given = describe(weights)
-        if given.fields != self.layout.fields:
-            problems = self.layout.differences(given)
+        forms = {name: (tensor.dtype, tensor.shape) for name, tensor in weights.items()}
+        if forms != self._forms:
+            problems = self.layout.differences(describe(weights))
             if problems:
                 raise WeightsError("these weights do not fit: " + "; ".join(problems))
+            self._forms = forms
 
     def publish(self, weights: Mapping[str, torch.Tensor]) -> int:
         """Copy ``weights``, already checked, into the next buffer and return its version."""
@@ -131,6 +142,27 @@ class WeightsPublisher:
             self.fd = -1
 
 
+class _Spare:
+    """Memory for a copy, used again once nothing refers to the copy: fresh pages are slow."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._free: mmap.mmap | None = None
+
+    def take(self) -> ctypes.Array[Any]:
+        """Return a buffer that is the caller's alone as long as anything refers to it."""
+        block, self._free = self._free, None
+        if block is None:
+            block = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = memory.part(block, 0, self._nbytes)
+        weakref.finalize(buffer, self._give_back, block).atexit = False
+        return buffer
+
+    def _give_back(self, block: mmap.mmap) -> None:
+        if self._nbytes <= _KEPT:
+            self._free = block
+
+
 class WeightsReader:
     """A worker's side."""
 
@@ -138,6 +170,8 @@ class WeightsReader:
         """Map the memory; takes ``fd`` over."""
         self.layout = layout
         self._arena = _Arena(memory.attach(fd), layout)
+        self._views = Views(layout)
+        self._spare = _Spare(layout.nbytes)
 
     @property
     def latest(self) -> int:
@@ -152,17 +186,13 @@ class WeightsReader:
         Raises:
             WeightsError: None were published yet.
         """
+
+        def copy(buffer: int) -> None:
+            for name, view in self._arena.views[buffer].items():
+                targets[name].copy_(view)
+
         with torch.no_grad():
-            while True:
-                version = self._arena.latest
-                if not version:
-                    raise WeightsError("no weights were published yet")
-                _fence()
-                for name, view in self._arena.views[version % BUFFERS].items():
-                    targets[name].copy_(view)
-                _fence()
-                if self._arena.words[_STAMPS + version % BUFFERS] == version:
-                    return version
+            return self._read(copy)
 
     def read(self) -> tuple[dict[str, torch.Tensor], int]:
         """Return a copy of the newest weights, the caller's own, and their version.
@@ -170,9 +200,22 @@ class WeightsReader:
         Raises:
             WeightsError: None were published yet.
         """
-        weights = {name: torch.empty_like(view) for name, view in self._arena.views[0].items()}
-        version = self.read_into(weights)
-        return weights, version
+        block = self._spare.take()
+        whole = _bytes_of(block, 0, self.layout.nbytes)
+        version = self._read(lambda buffer: whole.copy_(self._arena.whole[buffer]))
+        return self._views.on(block), version
+
+    def _read(self, copy: Callable[[int], object]) -> int:
+        """Copy the newest buffer until it was not written to meanwhile; return its version."""
+        while True:
+            version = self._arena.latest
+            if not version:
+                raise WeightsError("no weights were published yet")
+            _fence()
+            copy(version % BUFFERS)
+            _fence()
+            if self._arena.words[_STAMPS + version % BUFFERS] == version:
+                return version
 
 
 class HasStateDict(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_QUICK_COPY = 1 << 22
+"""Bytes that are copied in the event loop: in less time than a thread takes, or not much more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +250,8 @@ class WorkerCommunicator:
                     self._announce(channel, messages.Arena(publisher.layout), publisher.fd)
             else:
                 publisher.check(tensors)
-            version = await _aside(publisher.layout.nbytes, lambda: publisher.publish(tensors))
+            publish = functools.partial(publisher.publish, tensors)
+            version = await _aside(publisher.layout.nbytes, publish, at_once=_QUICK_COPY)
         if wait:
             await self.wait_applied(version, worker_ids, timeout)
         return version
@@ -262,6 +266,21 @@ class WorkerCommunicator:
                 publisher.close()
             raise
         return made[0]
+
+    def publish_at_once(self, weights: dict[str, torch.Tensor]) -> int | None:
+        """Publish weights if that takes no more than a moment; else return ``None``.
+
+        The first ones need memory, large ones a thread.
+
+        Raises:
+            WeightsError: Keys, shapes or dtypes differ from those of the first weights.
+        """
+        publisher = self._publisher
+        is_quick = publisher is not None and publisher.layout.nbytes <= _QUICK_COPY
+        if publisher is None or not is_quick or self._publishing.locked():
+            return None
+        publisher.check(weights)
+        return publisher.publish(weights)
 
     def revert_weights(self) -> int:
         """Publish the weights before the newest again, as a new version, which is returned."""
@@ -280,23 +299,26 @@ class WorkerCommunicator:
         chosen = sorted(self.channels) if worker_ids is None else list(worker_ids)
         limit = self.timeout if timeout is None else timeout
 
-        async def wait(channel: Channel) -> None:
-            applied = channel.expect_applied(version)
+        expected: dict[asyncio.Future[int], Channel] = {}
+        for channel in [self.channels[worker_id] for worker_id in chosen]:
+            expected[channel.expect_applied(version)] = channel
             self._announce(channel, messages.Announcement(version, acknowledge=True))
-            try:
-                async with asyncio.timeout(limit):
-                    await applied
-            except WorkerLost:
-                return  # its successor takes the newest version before it collects
-            except TimeoutError:
+        if not expected:
+            return
+        try:
+            _, late = await asyncio.wait(expected, timeout=limit)
+        finally:
+            for applied in expected:
+                applied.cancel()
+        for applied, channel in expected.items():
+            if applied in late:
                 raise CommandTimeout(
                     f"worker {channel.worker_id} has not applied weights version {version} within "
                     f"{limit:g} s; it is in {channel.phase.name.lower()}",
                     channel.worker_id,
                     channel.incarnation,
-                ) from None
-
-        await asyncio.gather(*(wait(self.channels[worker_id]) for worker_id in chosen))
+                )
+            applied.exception()  # of a worker that was lost: its successor takes the newest
 
     @staticmethod
     def _announce(channel: Channel, message: Any, fd: int | None = None) -> None:
@@ -376,9 +398,9 @@ class WorkerCommunicator:
             self._publisher.close()
 
 
-async def _aside(nbytes: int, work: Callable[[], T]) -> T:
-    """Do what moves ``nbytes`` in a thread if they are many; when cancelled, once it is done."""
-    if nbytes < serialize.LARGE:
+async def _aside(nbytes: int, work: Callable[[], T], *, at_once: int = serialize.LARGE) -> T:
+    """Do what moves ``nbytes`` in a thread unless they are few; when cancelled, once it is done."""
+    if nbytes <= at_once:
         return work()
     working = asyncio.get_running_loop().run_in_executor(None, work)
     try:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
+import anyio.lowlevel
 import torch
 
 from keisei.backends.base import Backend
@@ -305,12 +306,24 @@ class ParallelManager:
         pool.raise_poisoned()
         tensors = tensors_of(weights)
         async with pool.flow.between_rounds(lambda: self._is_over(pool)):
-            version = await to_completion(self._publish_weights(pool, tensors))
+            version = self._publish_at_once(pool, tensors)
+            if version is None:
+                version = await to_completion(self._publish_weights(pool, tensors))
         if wait:
             for worker_id in pool.ready:
                 pool.supervisor.expect_progress(worker_id)
             await pool.communicator.wait_applied(version, list(pool.ready), timeout)
             pool.raise_poisoned()
+        else:
+            await anyio.lowlevel.checkpoint()  # who pushes in a loop must let the event loop turn
+        return version
+
+    def _publish_at_once(self, pool: Pool, tensors: dict[str, torch.Tensor]) -> int | None:
+        if self.config.check_finite:
+            return None
+        version = pool.communicator.publish_at_once(tensors)
+        if version is not None:
+            self._count_push(pool, version, tensors, is_finite=True)
         return version
 
     async def _publish_weights(self, pool: Pool, tensors: dict[str, torch.Tensor]) -> int:
@@ -319,13 +332,18 @@ class ParallelManager:
         if self.config.check_finite:
             is_finite = await asyncio.to_thread(_is_finite, tensors)
         version = await pool.communicator.send_model_weights(tensors)
+        self._count_push(pool, version, tensors, is_finite=is_finite)
+        return version
+
+    def _count_push(
+        self, pool: Pool, version: int, tensors: dict[str, torch.Tensor], *, is_finite: bool
+    ) -> None:
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self._num_pushes += 1
         self._bytes_pushed += num_bytes
         self._num_not_finite += not is_finite
         pool.flow.pushed()
         self._publish(WeightsPushed(version, num_bytes))
-        return version
 
     @property
     def weights_version(self) -> int:
