@@ -37,11 +37,15 @@ class Throughput(Case):
 
 @dataclass(frozen=True)
 class Bandwidth(Case):
-    """Batches of one array of ``num_bytes``, from one worker to the learner."""
+    """Batches of one array of ``num_bytes``, from one worker to the learner.
+
+    ``warmup_batches`` are enough to have touched every page that will be used again.
+    """
 
     num_bytes: int = MB
     seconds: float = 2.0
     warmup: float = 0.3
+    warmup_batches: int = 12
     at_least: int = 6
 
 

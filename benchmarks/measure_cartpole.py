@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.cases import Throughput
-from benchmarks.plan import OURS, Measurement
+from benchmarks.plan import OURS, Chart, Measurement
 from benchmarks.systems import BARE, LEARNER, STEPS, random_systems
 from benchmarks.targets import Target, of_limit
 
@@ -12,16 +14,22 @@ TARGETS = (Target("of the bare loops", of_limit(BARE, "steps_per_s", [CASE]), at
 
 
 def measurement(quick: bool) -> Measurement:
-    """Return the measurement."""
+    """Return the measurement: everybody with batches of 128, and the curve of keisei over them."""
     case = Throughput(work="cartpole")
     if quick:
         case = Throughput(work="cartpole", seconds=0.7, warmup=0.3)
+    larger = {f"{CASE}, batches of {n}": replace(case, batch=n) for n in (32, 512, 2048)}
+    systems = [
+        system if system.name in (OURS, BARE) else replace(system, cases=frozenset([CASE]))
+        for system in random_systems()
+    ]
     return Measurement(
         name="cartpole",
         title="Experience throughput, CartPole-v1",
         metrics=(STEPS, LEARNER),
-        cases={CASE: case},
-        systems=random_systems(),
+        cases={CASE: case} if quick else {CASE: case, **larger},
+        systems=tuple(systems),
+        charts=(Chart("steps_per_s", lambda case: case.batch, "transitions per batch"),),
         quick_systems=(OURS, BARE),
         targets=TARGETS,
     )

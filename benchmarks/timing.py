@@ -40,10 +40,15 @@ class Meter:
         *,
         fields: Sequence[str] = ("obs",),
         at_least: int = 3,
+        warmup_batches: int = 0,
         cpu: Callable[[], float] = time.process_time,
     ) -> None:
-        """Measure for ``seconds`` and ``at_least`` batches; ``cpu`` is read at both ends."""
+        """Measure for ``seconds`` and ``at_least`` batches; ``cpu`` is read at both ends.
+
+        The warm-up takes ``warmup`` seconds and ``warmup_batches`` batches.
+        """
         self._seconds, self._warmup, self._at_least = seconds, warmup, at_least
+        self._warmup_batches = warmup_batches
         self._fields, self._cpu = fields, cpu
         self._created = time.perf_counter()
         self._began: float | None = None
@@ -62,7 +67,8 @@ class Meter:
         self.checksum += float(obs.reshape(obs.shape[0], -1)[:, 0].sum())
         now = time.perf_counter()
         if self._began is None:
-            if now - self._created >= self._warmup:
+            self._warmup_batches -= 1
+            if now - self._created >= self._warmup and self._warmup_batches < 0:
                 self._began, self._cpu_began, self._own_began = now, self._cpu(), _own_cpu()
             return True
         self._steps += steps

@@ -65,6 +65,7 @@ def bandwidth(case: Bandwidth) -> Metrics:
         case.seconds,
         case.warmup,
         at_least=case.at_least,
+        warmup_batches=case.warmup_batches,
         cpu=lambda: procfs.cpu_seconds(procfs.tree()),
     )
     return asyncio.run(_stream(functools.partial(ArrayWorker, case), 1, meter))

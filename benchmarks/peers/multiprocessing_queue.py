@@ -73,6 +73,7 @@ def _bandwidth(case: Bandwidth, *, compress: bool) -> Metrics:
             case.seconds,
             case.warmup,
             at_least=case.at_least,
+            warmup_batches=case.warmup_batches,
             cpu=lambda: procfs.cpu_seconds(procfs.tree()),
         )
         meter.add(first, 1)

@@ -120,6 +120,7 @@ def bandwidth(case: Bandwidth) -> Metrics:
             case.seconds,
             case.warmup,
             at_least=case.at_least,
+            warmup_batches=case.warmup_batches,
             cpu=lambda: procfs.cpu_seconds(procfs.tree()),
         )
         return _stream([actor.array for actor in _actors(case, 1)], 1, meter)
