@@ -1,0 +1,94 @@
+"""What a batch and a push cost at both ends, counted in calls: no timing shows a small regression."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+import costs_workers
+from costs_workers import FIELDS, CallCounter
+from keisei.testing.scenarios import fail_after
+from torch_helpers import Copies
+
+NUM = 400
+SOCKET_CALLS = ("socket.send", "socket.sendmsg", "socket.recv", "socket.recvmsg")
+
+
+def system_calls(calls: Counter[str]) -> int:
+    return sum(calls[name] for name in (*SOCKET_CALLS, "epoll.poll", "poll.poll"))
+
+
+async def stream(manager, number):
+    async for _ in manager.experiences():
+        number -= 1
+        if number == 0:
+            return
+
+
+async def test_a_batch_costs_the_application_a_few_calls(make_manager):
+    """At most one wake-up, one frame and one credit; no element of a tensor is touched."""
+    counter, copies = CallCounter(), Copies()
+    async with fail_after(60), make_manager(costs_workers.Counted, num_workers=1) as manager:
+        await stream(manager, 100)
+        with copies:
+            counter.begin()
+            await stream(manager, NUM)
+            calls = counter.end()
+    assert calls["epoll.poll"] <= NUM + 10
+    assert calls["socket.recvmsg"] <= NUM + 10
+    assert calls["socket.send"] <= 0.8 * NUM + 10
+    assert system_calls(calls) <= 2.8 * NUM + 30
+    assert counter.num_python <= 120 * NUM
+    assert not [name for name, _ in copies.seen if "copy" in name or "clone" in name]
+
+
+async def test_a_batch_costs_its_worker_a_few_calls(make_manager):
+    """One look, one frame, one copy of each field; the loop turns once in a while, not each time."""
+    async with fail_after(60), make_manager(costs_workers.Counted, num_workers=1) as manager:
+        await stream(manager, 100)
+        await manager.send_command("begin")
+        await stream(manager, NUM)
+        calls, num_python, number = (await manager.send_command("end"))[0]
+    assert number >= NUM - 10
+    assert calls["socket.sendmsg"] <= number + 5
+    assert calls["poll.poll"] <= 2 * number + 5  # once more for each time that it slept
+    assert calls["Tensor.copy_"] == FIELDS * number
+    # A look, a frame and, where it has run ahead, a sleep and the credit that ends it.
+    assert system_calls(calls) <= 6 * number
+    assert num_python <= 120 * number
+
+
+async def test_a_push_costs_one_copy_and_wakes_nobody(make_manager):
+    """Whatever the number of workers: no frame, and each tensor is copied once."""
+    weights = {f"w{number}": torch.zeros(100) for number in range(FIELDS)}
+    counter, copies = CallCounter(), Copies()
+    async with fail_after(60), make_manager(costs_workers.Counted, num_workers=3) as manager:
+        await manager.pause()
+        await manager.push_weights(weights, wait=True)
+        with copies:
+            counter.begin()
+            for _ in range(50):
+                await manager.push_weights(weights)
+            calls = counter.end()
+        assert sum(calls[name] for name in SOCKET_CALLS) == 0
+        assert [name for name, _ in copies.seen].count("copy_.default") == FIELDS * 50
+        counter.begin()
+        await manager.push_weights(weights, wait=True)
+        calls = counter.end()
+    assert calls["socket.sendmsg"] == 3, "one announcement for each worker"
+
+
+async def test_a_command_costs_one_frame_each_way(make_manager):
+    """And the credit for the reply."""
+    counter = CallCounter()
+    async with fail_after(60), make_manager(costs_workers.Counted, num_workers=1) as manager:
+        await manager.pause()
+        await manager.send_command("begin")
+        counter.begin()
+        for _ in range(50):
+            await manager.send_command("begin")
+        calls = counter.end()
+    assert calls["socket.sendmsg"] == 50
+    assert system_calls(calls) <= 5.2 * 50
+    assert counter.num_python <= 130 * 50
