@@ -31,8 +31,16 @@ MAKERS: dict[str, Callable[[], Backend]] = {
     "spawn": functools.partial(local_backend, "spawn"),
     "inline": InlineBackend,
 }
+BY_SPAWN = ("check_orderly_end", "check_pool", "check_start_that_fails", "check_stacks")
+"""What is checked of each fresh interpreter in every run; the rest takes its time under stress."""
+
+
+def marks(name: str, check: BackendCheck) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.stress] if name == "spawn" and check.__name__ not in BY_SPAWN else []
+
+
 CASES = [
-    pytest.param(maker, check, id=f"{name}-{check.__name__}")
+    pytest.param(maker, check, id=f"{name}-{check.__name__}", marks=marks(name, check))
     for name, maker in MAKERS.items()
     for check in BACKEND_CHECKS + (() if name == "inline" else PROCESS_CHECKS)
 ]

@@ -1,4 +1,4 @@
-"""What a batch and a push cost at both ends, counted in calls: no timing shows a small regression."""
+"""What a batch, a push and a command cost, in calls: no timing would show a small regression."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_a_batch_costs_the_application_a_few_calls(make_manager):
 
 
 async def test_a_batch_costs_its_worker_a_few_calls(make_manager):
-    """One look, one frame, one copy of each field; the loop turns once in a while, not each time."""
+    """One look, one frame, one copy of each field; its loop turns once in a while only."""
     async with fail_after(60), make_manager(costs_workers.Counted, num_workers=1) as manager:
         await stream(manager, 100)
         await manager.send_command("begin")
