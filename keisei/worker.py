@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def _no_progress() -> None:
+def _nothing() -> None:
     """Stand in where nobody watches: a context that was made by hand."""
 
 
@@ -34,7 +34,8 @@ class WorkerContext:
     seed: int
     device: str = "cpu"
     weights_version: int = 0
-    _progress: Callable[[], None] = field(default=_no_progress, repr=False, compare=False)
+    _progress: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    _turn_soon: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
     def progress(self) -> None:
         """Tell the supervisor that a long ``collect`` or ``setup`` is moving.

@@ -19,6 +19,7 @@ from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import Isolation
 from keisei.exceptions import QueueEnded, QueueWouldBlock, SerializationError
 from keisei.ipc import messages, serialize
+from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.ring import RingWriter
@@ -142,6 +143,7 @@ class WorkerRuntime:
             device=hello.device,
             weights_version=hello.weights_version,
             _progress=self._status.progress,
+            _turn_soon=self._turn_soon,
         )
 
     async def _work(self) -> str:
@@ -198,6 +200,10 @@ class WorkerRuntime:
         if now - self._turned >= self._isolation.turn_after:
             await _one_turn()
             self._turned = time.monotonic()
+
+    def _turn_soon(self) -> None:
+        """Have the loop turn before the next experience, however short this one is."""
+        self._turned = 0.0
 
     # experiences
 
@@ -398,12 +404,11 @@ class WorkerRuntime:
         )
 
 
-def _next(reader: Any) -> tuple[bytearray, list[int]] | None:
+def _next(reader: FrameReader) -> tuple[memoryview, list[int]] | None:
     try:
-        frame: tuple[bytearray, list[int]] = reader.get_nowait()
-    except (QueueWouldBlock, QueueEnded):
+        return reader.pop()
+    except QueueEnded:
         return None
-    return frame
 
 
 def _num_steps(experience: Experience, layout: Layout) -> int:

@@ -87,6 +87,13 @@ class FrameReader:
                 receive one.
             QueueClosed: This end was closed.
         """
+        frame = self.pop()
+        if frame is None:
+            raise QueueWouldBlock("the queue is empty")
+        return frame
+
+    def pop(self) -> tuple[memoryview, list[int]] | None:
+        """Take the next frame as ``get_nowait`` does; ``None`` if no whole one is here."""
         if self._closed:
             raise QueueClosed("get on a queue whose reading end was closed")
         if not self._frames and not self._hearing:
@@ -101,7 +108,7 @@ class FrameReader:
             return frame
         if self._end is not None:
             raise type(self._end)(*self._end.args)
-        raise QueueWouldBlock("the queue is empty")
+        return None
 
     async def get(self, timeout: float | None = None) -> tuple[memoryview, list[int]]:
         """Wait for the next frame.
@@ -117,10 +124,9 @@ class FrameReader:
         """
         deadline = deadline_after(timeout)
         while True:
-            try:
-                return self.get_nowait()
-            except QueueWouldBlock:
-                pass
+            frame = self.pop()
+            if frame is not None:
+                return frame
             if not await self._arrived.wait(deadline):
                 raise QueueTimeout(f"nothing arrived in the queue for {timeout} s")
 

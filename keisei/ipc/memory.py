@@ -7,6 +7,7 @@ import mmap
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,24 @@ def _mapped(fd: int, size: int) -> mmap.mmap:
     return mmap.mmap(fd, size)  # keeps a copy of the descriptor as long as it lives
 
 
-def part(whole: mmap.mmap, start: int, nbytes: int) -> ctypes.Array[Any]:
-    """Return a buffer on a part of ``whole`` that can be weakly referenced.
+def part(
+    whole: mmap.mmap, start: int, nbytes: int, on_unused: Callable[[], object]
+) -> ctypes.Array[Any]:
+    """Return a buffer on a part of ``whole``.
 
-    Whatever is built on the buffer keeps it alive, so its end tells that nothing uses the part.
+    Whatever is built on the buffer keeps it alive; when nothing does any more, ``on_unused`` is
+    called, in whatever thread that happens.
     """
-    buffer: ctypes.Array[Any] = _buffer_type(nbytes).from_buffer(whole, start)
-    return buffer
+    buffer = _buffer_type(nbytes).from_buffer(whole, start)
+    buffer.on_unused = on_unused
+    part: ctypes.Array[Any] = buffer
+    return part
 
 
 @lru_cache(maxsize=64)
 def _buffer_type(nbytes: int) -> Any:
-    return type("Buffer", (ctypes.c_ubyte * nbytes,), {})
+    # Not weakref.finalize: this is every batch's path, and that would be half of it.
+    return type("Part", (ctypes.c_ubyte * nbytes,), {"__del__": lambda self: self.on_unused()})
 
 
 def anonymous_file(name: str) -> int:

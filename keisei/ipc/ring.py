@@ -11,10 +11,10 @@ application lets go of it too.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
-import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -201,9 +201,8 @@ class RingReader:
                 for other, segment in self._maps.items()
                 if other == number or not segment[_RETIRED]
             }
-        buffer = memory.part(shared, _STATES + slot * stride, stride)
-        weakref.finalize(buffer, shared.__setitem__, slot, FREE).atexit = False
-        return buffer
+        free = functools.partial(shared.__setitem__, slot, FREE)
+        return memory.part(shared, _STATES + slot * stride, stride, free)
 
     def close(self) -> None:
         """Forget the segments; each stays mapped while a tensor on it lives."""

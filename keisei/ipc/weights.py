@@ -9,10 +9,10 @@ publisher takes no lock and waits for nobody.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import threading
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -154,9 +154,7 @@ class _Spare:
         block, self._free = self._free, None
         if block is None:
             block = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        buffer = memory.part(block, 0, self._nbytes)
-        weakref.finalize(buffer, self._give_back, block).atexit = False
-        return buffer
+        return memory.part(block, 0, self._nbytes, functools.partial(self._give_back, block))
 
     def _give_back(self, block: mmap.mmap) -> None:
         if self._nbytes <= _KEPT:

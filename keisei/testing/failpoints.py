@@ -88,6 +88,7 @@ class _Armory:
 
     def __init__(self, context: WorkerContext) -> None:
         self._worker = (context.worker_id, context.incarnation)
+        self.turn_soon = context._turn_soon  # noqa: SLF001 - a worker of one's own has no use for it
         self._armed: list[_Armed] = []
 
     def arm(self, failpoints: Iterable[Failpoint]) -> None:
@@ -158,8 +159,11 @@ def _collecting(hook: Callable[[], Any]) -> Callable[[], Any]:
     def reach_and_call() -> Any:
         failpoint("collect")
         result = hook()
-        # The frame is sent before the loop turns; it turns once between two experiences.
-        asyncio.get_running_loop().call_soon(failpoint, "committed")
+        armory = _armory.get()
+        if armory is not None:
+            # The frame is sent before the loop turns.
+            armory.turn_soon()
+            asyncio.get_running_loop().call_soon(failpoint, "committed")
         return result
 
     return reach_and_call

@@ -257,10 +257,8 @@ class Channel:
     ) -> None:
         reader = _held(queue.reader)
         try:
-            while True:
-                handle(*reader.get_nowait())
-        except QueueWouldBlock:
-            return
+            while (frame := reader.pop()) is not None:
+                handle(*frame)
         except (QueueEnded, QueueBroken) as error:
             if self._goodbye is None and self._failed is None:
                 self._trouble(f"a queue has ended: {error}", may_be_dying=True)

@@ -44,6 +44,9 @@ class Flow:
         self._ready = ready
         self._newest_version = newest_version
         self._expect_progress = expect_progress
+        is_limited = config.max_staleness is not None
+        self._is_pacing = is_limited and config.staleness_policy == "pace"
+        self._is_dropping = is_limited and config.staleness_policy == "drop"
         self._arrivals: deque[Arrival] = deque()
         self._queued: Counter[int] = Counter()
         self._steps_queued = 0
@@ -116,7 +119,7 @@ class Flow:
 
     def _top_up_one(self, worker_id: int) -> None:
         """Grant what one worker's arrival or delivery allows; all, where it concerns all."""
-        if self._paces():
+        if self._is_pacing:
             self.top_up()
         elif self._config.mode == "async" and (channel := self._ready.get(worker_id)) is not None:
             room = self._room_of(channel)
@@ -131,14 +134,11 @@ class Flow:
         if self._config.overflow == "block":
             held += self._queued[channel.worker_id]
         room = self._config.max_queue_size - held
-        if room > 0 and self._paces():
+        if room > 0 and self._is_pacing:
             room = min(room, self._room_within_pace())
         if self._steps_queued < self._demand and channel.outstanding == 0:
             room = max(room, 1)  # somebody waits for more than the queues can hold
         return room
-
-    def _paces(self) -> bool:
-        return self._config.max_staleness is not None and self._config.staleness_policy == "pace"
 
     def _room_within_pace(self) -> int:
         """Return how many experiences may be begun and still be fresh enough when delivered.
@@ -171,7 +171,7 @@ class Flow:
         demand = 1 if num_steps is None else num_steps
         self._demand += demand
         try:
-            if num_steps is not None or self._paces():  # one experience was granted already
+            if num_steps is not None or self._is_pacing:  # one experience was granted already
                 self.top_up()
             while not self._has(num_steps) and not is_over():
                 self._begin_round()
@@ -185,7 +185,8 @@ class Flow:
             self._demand -= demand
 
     def _has(self, num_steps: int | None) -> bool:
-        self._drop_too_old()
+        if self._is_dropping:
+            self._drop_too_old()
         return bool(self._arrivals) if num_steps is None else self._steps_queued >= num_steps
 
     def _begin_round(self) -> None:
@@ -236,7 +237,8 @@ class Flow:
         return self._take_oldest() if self._has(None) else None
 
     def _take_oldest(self) -> ExperienceBatch:
-        batch = self._pop().open(self._newest)
+        newest = self._newest if self._is_dropping else self._newest_version()
+        batch = self._pop().open(newest)
         self.num_batches += 1
         self.num_steps += batch.num_steps
         self._delivered_since_push += 1
@@ -250,10 +252,7 @@ class Flow:
         this look at it.
         """
         self._newest = self._newest_version()
-        limit = self._config.max_staleness
-        if limit is None or self._config.staleness_policy != "drop":
-            return
-        oldest = self._newest - limit
+        oldest = self._newest - (self._config.max_staleness or 0)
         too_old = [one for one in self._arrivals if one.version < oldest]
         if too_old:
             self._arrivals = deque(one for one in self._arrivals if one.version >= oldest)
