@@ -8,6 +8,7 @@ publisher takes no lock and waits for nobody.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -154,6 +155,9 @@ class _Spare:
         block, self._free = self._free, None
         if block is None:
             block = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without them
+                    block.madvise(mmap.MADV_HUGEPAGE)
         return memory.part(block, 0, self._nbytes, functools.partial(self._give_back, block))
 
     def _give_back(self, block: mmap.mmap) -> None:
