@@ -66,12 +66,24 @@ def only_incident(
 
 def check_order(batches: list[ExperienceBatch], *, gaps: bool = False) -> None:
     """Hold that each process's batches have come as 0, 1, 2 …, or at least in that order."""
-    seen: dict[tuple[int, int], int] = {}
-    for batch in batches:
-        key = (batch.worker_id, batch.incarnation)
-        follows = seen.get(key, -1) + 1
-        assert batch.sequence == follows or (gaps and batch.sequence > follows)
-        seen[key] = batch.sequence
+    Order(gaps=gaps).go_on(batches)
+
+
+class Order:
+    """What ``check_order`` holds, of a stream too long to be kept."""
+
+    def __init__(self, *, gaps: bool = False) -> None:
+        self.num_batches = 0
+        self._gaps = gaps
+        self._seen: dict[tuple[int, int], int] = {}
+
+    def go_on(self, batches: list[ExperienceBatch]) -> None:
+        for batch in batches:
+            key = (batch.worker_id, batch.incarnation)
+            follows = self._seen.get(key, -1) + 1
+            assert batch.sequence == follows or (self._gaps and batch.sequence > follows)
+            self._seen[key] = batch.sequence
+            self.num_batches += 1
 
 
 class _Listener:

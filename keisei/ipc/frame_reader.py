@@ -315,8 +315,8 @@ class FrameReader:
 
     def _release(self) -> None:
         self._closed = True
-        self._arrived.stop()
-        self._tellable.stop()
+        self._arrived.close()
+        self._tellable.close()
         for _, fds in self._frames:
             self._fds.extend(fds)
         self._fds.extend(self._body_fds)

@@ -262,5 +262,5 @@ class FrameWriter:
     def _release(self) -> None:
         self._closed = True
         self._unsent.clear()
-        self._credited.stop()
-        self._drained.stop()
+        self._credited.close()
+        self._drained.close()

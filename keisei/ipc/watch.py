@@ -85,6 +85,16 @@ class Watch:
             (loop.remove_writer if self._writing else loop.remove_reader)(self._fd)
         self._notify()
 
+    def close(self) -> None:
+        """Watch never again, and let go of the owner and of who listens."""
+        self.stop()
+        self._heard = None
+        self._work = _nothing_is_left
+
+
+def _nothing_is_left() -> bool:
+    return False
+
 
 def deadline_after(timeout: float | None) -> float | None:
     """Return the loop time at which ``timeout`` seconds from now are over."""

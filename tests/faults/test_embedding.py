@@ -12,7 +12,7 @@ import pytest
 import uvloop
 
 import pool_workers
-from fault_helpers import LIMIT, check_order, next_incident, until_ready
+from fault_helpers import LIMIT, Order, check_order, next_incident, until_ready
 from keisei.events import ExitCause
 from keisei.exceptions import CollectTimeout, ManagerStateError
 from keisei.testing.scenarios import fail_after
@@ -138,11 +138,11 @@ async def test_a_collect_that_is_cut_short_loses_and_doubles_nothing(make_manage
     """Timed out or cancelled just as a batch arrives: every batch comes exactly once, in order."""
     limit = LIMIT if rounds < 1000 else 800.0
     async with fail_after(limit), make_manager(pool_workers.Counting) as manager:
-        batches = []
+        order = Order()
         for number in range(rounds):
             if number % 3 == 0:
                 try:
-                    batches += await manager.collect(timeout=number % 7 * 1e-4)
+                    order.go_on(await manager.collect(timeout=number % 7 * 1e-4))
                 except CollectTimeout:
                     continue
             else:
@@ -151,12 +151,11 @@ async def test_a_collect_that_is_cut_short_loses_and_doubles_nothing(make_manage
                     await pool_workers.turn()
                 collecting.cancel()
                 try:
-                    batches += await collecting
+                    order.go_on(await collecting)
                 except asyncio.CancelledError:
                     continue
-        batches += await manager.collect(min_steps=10)
-        check_order(batches)
-        assert manager.stats().num_batches == len(batches)
+        order.go_on(await manager.collect(min_steps=10))
+        assert manager.stats().num_batches == order.num_batches
         assert manager.incidents == ()
 
 

@@ -828,8 +828,15 @@ async def test_a_stall_that_was_overcome_is_not_why_it_died_later(crew):
     await scene.stop()
 
 
-async def test_the_stacks_of_the_end_are_told_and_not_those_of_half_the_time(hanging):
-    """A worker that went on to hang elsewhere is reported where it hung in the end."""
+@pytest.mark.parametrize(
+    ("last_dump", "told"),
+    [
+        pytest.param("stack of the end", "stack of the end", id="it hung elsewhere in the end"),
+        pytest.param("", "stack of the stall", id="it was stopped and could write no more"),
+    ],
+)
+async def test_the_last_stacks_that_there_are_are_told(hanging, last_dump, told):
+    """They are asked for at half of the time, and once more at its end."""
     await hanging.start()
     old = hanging.handle()
     old.dump = "stack of the stall"
@@ -837,26 +844,10 @@ async def test_the_stacks_of_the_end_are_told_and_not_those_of_half_the_time(han
     hanging.supervisor.expect_progress(0)
     while not any(isinstance(event, events.WorkerSuspected) for event in hanging.published):
         await turn()
-    old.dump = "stack of the end"
+    old.dump = last_dump
     while not hanging.supervisor.incidents:
         await turn()
-    assert hanging.supervisor.incidents[0].traceback == "stack of the end"
-    await hanging.stop()
-
-
-async def test_a_process_that_is_stopped_at_its_end_shows_the_stacks_before(hanging):
-    """It cannot write any more; what it wrote at half of the time is all that there is."""
-    await hanging.start()
-    old = hanging.handle()
-    old.dump = "stack of the stall"
-    hanging.crew.enter(0, Phase.COLLECT)
-    hanging.supervisor.expect_progress(0)
-    while not any(isinstance(event, events.WorkerSuspected) for event in hanging.published):
-        await turn()
-    old.dump = ""
-    while not hanging.supervisor.incidents:
-        await turn()
-    assert hanging.supervisor.incidents[0].traceback == "stack of the stall"
+    assert hanging.supervisor.incidents[0].traceback == told
     await hanging.stop()
 
 

@@ -167,7 +167,7 @@ class Stage:
         channel = Channel(worker_id, 0, max_queue_size=1)
         self._channels.append(channel)
         endpoints = channel.endpoints()
-        channel.listen(Listener(lambda arrival: arrival.drop(), _ignore, _ignore))
+        channel.listen(Listener(_ignore, _ignore, _ignore))
         channel.send(
             messages.Hello(
                 factory=FACTORY,

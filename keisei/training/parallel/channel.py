@@ -35,10 +35,13 @@ _NO_VIEWS = Views(Layout((), 0))
 
 
 class Arrival(NamedTuple):
-    """An experience that a worker has committed and nobody has taken."""
+    """An experience that a worker has committed and nobody has taken.
+
+    It owns its slot: to let go of it gives the slot back unread.
+    """
 
     channel: Channel
-    place: Place
+    slot: Any
     views: Views
     info: Mapping[str, Any]
     num_steps: int
@@ -47,10 +50,10 @@ class Arrival(NamedTuple):
     seed: int
 
     def open(self, newest_version: int) -> ExperienceBatch:
-        """Wrap the shared memory as tensors; from now on they own the slot."""
-        channel, place, views, info, num_steps, sequence, version, seed = self
+        """Wrap the shared memory as tensors, which own the slot too."""
+        channel, slot, views, info, num_steps, sequence, version, seed = self
         return ExperienceBatch(
-            views.on(channel.ring.slot(place)),
+            views.on(slot),
             info,
             num_steps,
             channel.worker_id,
@@ -60,10 +63,6 @@ class Arrival(NamedTuple):
             max(0, newest_version - version),
             seed,
         )
-
-    def drop(self) -> None:
-        """Give the slot back unread."""
-        self.channel.ring.slot(self.place)
 
 
 class Listener(NamedTuple):
@@ -99,7 +98,7 @@ class Channel:
             undo.callback(self.reply.close)
             self.status = StatusLine()
             undo.pop_all()
-        self.ring = RingReader()
+        self._ring = RingReader()
         self.granted = 0
         self.received = 0
         self.is_ready = False
@@ -272,19 +271,19 @@ class Channel:
     def _experience(self, payload: memoryview, fds: list[int]) -> None:
         frame: messages.ExperienceFrame = messages.unpack(payload)
         if frame.new_segment:
-            self.ring.add(frame.segment, fds[0])
+            self._ring.add(frame.segment, fds[0])
         if frame.layout is not None:
             self._views = Views(frame.layout)
         views = self._views
         place = Place(frame.segment, frame.slot, frame.stride, views.layout)
-        self.ring.check(place)
+        self._ring.check(place)
         info = {} if frame.info is None else serialize.loads(frame.info, "Experience.info")
         self.received += 1
         if self._listener is not None:
             self._listener.on_arrival(
                 Arrival(
                     self,
-                    place,
+                    self._ring.slot(place),
                     views,
                     info,
                     frame.num_steps,
@@ -397,6 +396,7 @@ class Channel:
         for queue in (self.experience, self.model, self.control, self.reply):
             queue.close()
         self.status.close()
+        self._ring.close()
 
     @property
     def phase(self) -> Phase:

@@ -389,8 +389,6 @@ class WorkerCommunicator:
 
         Whoever still waits for a worker gets ``WorkerLost``. Batches stay valid.
         """
-        for arrival in self._arrivals:
-            arrival.drop()
         self._arrivals.clear()
         for channel in self.channels.values():
             channel.lose(self._lost(channel, "the pool has ended"))

@@ -258,16 +258,13 @@ class Flow:
             self._arrivals = deque(one for one in self._arrivals if one.version >= oldest)
         for arrival in too_old:
             self._uncount(arrival)
-            self._discard(arrival)
+            self.num_dropped += 1
             self._top_up_one(arrival.channel.worker_id)
 
     def discard_all(self) -> None:
         """Give every slot back unread."""
         while self._arrivals:
-            self._pop().drop()
-        for arrival in (self._round or {}).values():
-            if arrival is not None:
-                arrival.drop()
+            self._pop()
         self._round = None
         self._changed.set()
 
@@ -306,9 +303,5 @@ class Flow:
             if arrival.channel.worker_id == worker_id:
                 del self._arrivals[index]
                 self._uncount(arrival)
-                self._discard(arrival)
+                self.num_dropped += 1
                 return
-
-    def _discard(self, arrival: Arrival) -> None:
-        arrival.drop()
-        self.num_dropped += 1
