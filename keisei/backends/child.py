@@ -66,11 +66,11 @@ def tie_to(lifeline: int) -> int:
     return own
 
 
-def is_cut(lifeline: int) -> bool:
-    """Return whether the application has gone."""
+def is_cut(lifeline: int, patience: float = 0.0) -> bool:
+    """Return whether the application has gone, or goes within ``patience`` seconds."""
     poll = select.poll()
     poll.register(lifeline, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(1000 * patience))
 
 
 def _watch_in_a_thread(lifeline: int) -> None:
@@ -110,6 +110,7 @@ class Inherited:
     """Descriptors that this process was started with, for the code that it runs."""
 
     fds: tuple[int, ...] = ()
+    lifeline: int = -1
 
 
 def run(data: int, fds: list[int], lifeline: int) -> int:
@@ -129,7 +130,7 @@ def run(data: int, fds: list[int], lifeline: int) -> int:
         os.dup2(stderr, _STDERR)
         os.close(stderr)
     lead_own_group()
-    tie_to(lifeline)
+    Inherited.lifeline = tie_to(lifeline)
     heed_signals(crash)
     for fd in (lifeline, crash, *own):
         os.set_inheritable(fd, False)

@@ -17,10 +17,12 @@ from typing import Any
 import aiomultiprocess
 from aiomultiprocess.types import Unit
 
-from keisei.backends.child import Inherited, flush
+from keisei.backends.child import Inherited, flush, is_cut
 from keisei.backends.launch import Launched
 
 _MAX_TRACEBACK = 1 << 15
+_GOING = 0.3
+"""Seconds in which an application that is ending has closed all that it had open."""
 
 
 class _Process(BaseProcess):
@@ -98,6 +100,10 @@ async def serve_worker() -> None:
 
     ends = WorkerEndpoints.attach(list(Inherited.fds))
     code = await WorkerRuntime(ends, OwnProcess()).serve()
+    if ends.control.ended is not None:
+        # The queues of an application that is killed may end before its lifeline, which takes this
+        # whole group along. Leaving now would leave children of this process behind.
+        is_cut(Inherited.lifeline, _GOING)
     if code:
         # Everything was told in frames; leave without multiprocessing's own report.
         await asyncio.get_running_loop().shutdown_asyncgens()
