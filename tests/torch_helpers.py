@@ -1,9 +1,30 @@
-"""Counts what torch does, for tests that guard costs by counting."""
+"""The dtypes that must travel, and a count of what torch does, for tests that guard costs."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.uint16,
+    torch.int16,
+    torch.uint32,
+    torch.int32,
+    torch.uint64,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
 
 
 class Copies(TorchDispatchMode):

@@ -16,8 +16,8 @@ import signal
 import sys
 from typing import NoReturn
 
+STDERR = 2
 _F_SETSIG = 10
-_STDERR = 2
 
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
 """Makes a worker write its stacks; chosen far from what applications use."""
@@ -126,8 +126,8 @@ def run(data: int, fds: list[int], lifeline: int) -> int:
     from multiprocessing import spawn
 
     *own, stderr, crash = fds
-    if _STDERR not in (data, lifeline, *fds):  # the application has one
-        os.dup2(stderr, _STDERR)
+    if STDERR not in (data, lifeline, *fds):  # the application has one
+        os.dup2(stderr, STDERR)
         os.close(stderr)
     lead_own_group()
     Inherited.lifeline = tie_to(lifeline)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import Isolation
-from keisei.exceptions import QueueEnded, QueueWouldBlock, SerializationError
+from keisei.exceptions import QueueEnded, SerializationError
 from keisei.ipc import messages, serialize
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
@@ -260,10 +260,7 @@ class WorkerRuntime:
     @staticmethod
     async def _send(writer: FrameWriter, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Send a frame whole, before the next collect keeps the loop from it."""
-        try:
-            writer.put_nowait(payload, fds)
-        except QueueWouldBlock:
-            await writer.put(payload, fds=fds)
+        await writer.put(payload, fds=fds)
         if writer.is_sending:
             await writer.flush()
 

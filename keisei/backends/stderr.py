@@ -14,7 +14,8 @@ import select
 import threading
 from collections import deque
 
-STDERR = 2
+from keisei.backends.child import STDERR
+
 TAIL = 4096
 """Bytes that are remembered of each process."""
 _CHUNK = 1 << 16

@@ -90,10 +90,9 @@ class FrameWriter:
                 self._refill()  # nobody waits for these credits, but they must not pile up
         elif self.credit == 0:
             self._refill()
-            if self.credit == 0 and self._ended is None:
-                raise QueueWouldBlock("the queue is full")
-        if self._ended is not None:
-            self._check()
+        self._check()
+        if self.credit == 0:
+            raise QueueWouldBlock("the queue is full")
         if len(fds) > wire.MAX_FDS:
             raise ValueError(f"a frame carries up to {wire.MAX_FDS} descriptors, not {len(fds)}")
         if isinstance(payload, memoryview):

@@ -102,7 +102,7 @@ async def test_an_exception_that_cannot_travel_arrives_as_text(make_manager, nam
         assert manager.incidents == ()
 
 
-@pytest.mark.parametrize("size", [0, 1, 64 << 20])
+@pytest.mark.parametrize("size", [0, 1, 16 << 20])
 async def test_tensors_of_any_size_arrive(make_manager, size):
     """No byte or many millions: the data arrives, beside an empty tensor with its shape."""
     async with fail_after(LIMIT), make_manager(fault_workers.Large, num_workers=1) as manager:

@@ -67,18 +67,23 @@ async def test_workers_never_see_half_of_a_version(make_manager):
         assert kinds(manager.incidents) == [(1, n, ExitCause.SIGNAL) for n in range(5)]
 
 
-async def test_the_first_large_weights_do_not_block_the_loop(make_manager):
+@pytest.fixture
+def large_weights() -> dict[str, torch.Tensor]:
+    """256 MiB, filled before there is a loop that this could block."""
+    return {"w": torch.ones(64 << 20)}
+
+
+async def test_the_first_large_weights_do_not_block_the_loop(make_manager, large_weights):
     """Their memory is reserved and filled beside it; a push that is cut short is whole or not."""
-    weights = {"w": torch.ones(64 << 20)}
     async with fail_after(LIMIT), make_manager(pool_workers.Counting) as manager:
-        pushing = asyncio.create_task(manager.push_weights(weights))
+        pushing = asyncio.create_task(manager.push_weights(large_weights))
         await pool_workers.turn()
         pushing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await pushing
         version = manager.weights_version
         assert version in (0, 1)
-        assert await manager.push_weights(weights) == version + 1
+        assert await manager.push_weights(large_weights) == version + 1
 
 
 @pytest.mark.parametrize("fault", [failpoints.kill, failpoints.stop], ids=["killed", "stopped"])

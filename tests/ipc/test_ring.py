@@ -21,26 +21,7 @@ from keisei.ipc import serialize
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.memory import PAGE
 from keisei.ipc.ring import BUSY, FREE, RingReader, RingWriter
-from torch_helpers import Copies
-
-DTYPES = [
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.uint16,
-    torch.int16,
-    torch.uint32,
-    torch.int32,
-    torch.uint64,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-    torch.float8_e4m3fn,
-]
+from torch_helpers import DTYPES, Copies
 
 
 class Ring:

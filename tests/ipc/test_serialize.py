@@ -15,26 +15,7 @@ import torch
 from ipc_helpers import open_fds
 from keisei.exceptions import SerializationError
 from keisei.ipc import serialize
-
-DTYPES = [
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.uint16,
-    torch.int16,
-    torch.uint32,
-    torch.int32,
-    torch.uint64,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-]
+from torch_helpers import DTYPES
 
 
 def round_trip(value):
