@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from types import FrameType
@@ -61,3 +62,13 @@ class Counted(Worker):
         if command == "end":
             return self.counter.end(), self.counter.num_python, self.collected
         return super().on_command(command, data)
+
+
+class Steady(Counted):
+    """Takes a millisecond of computing for each experience."""
+
+    def collect(self) -> Experience:
+        end = time.perf_counter() + 0.001
+        while time.perf_counter() < end:
+            pass
+        return super().collect()

@@ -46,7 +46,7 @@ class Isolation(Protocol):
 class OwnProcess:
     """The worker has the process to itself."""
 
-    turn_after = 0.001
+    turn_after = 0.005
     """A turn of the loop costs as much as all the rest between two small experiences."""
 
     def begin(self, seed: int, threads: int) -> None:

@@ -154,6 +154,10 @@ class FrameReader:
         if self._frames or self._end is not None:
             asyncio.get_running_loop().call_soon(heard)
 
+    def rest(self, until: float) -> None:
+        """Have whoever listens, or waits, hear nothing until then (loop time): then all at once."""
+        self._arrived.rest(until)
+
     def grant(self, credits: int) -> None:
         """Let the writer send ``credits`` more frames; what cannot be told now is told later."""
         self._owed += credits

@@ -11,8 +11,8 @@ class Watch:
 
     The descriptor is watched from the first wait on and left watched between waits; an event
     that finds nobody waiting, and nothing left to do, ends the watch. So a busy queue makes no
-    ``epoll_ctl`` calls. Belongs to one event loop at a time; when that one is gone, to the next
-    that uses it.
+    ``epoll_ctl`` calls. It may rest: what happens meanwhile wakes nobody up. Belongs to one event
+    loop at a time; when that one is gone, to the next that uses it.
     """
 
     def __init__(self, fd: int, *, writing: bool, work: Callable[[], bool]) -> None:
@@ -28,6 +28,8 @@ class Watch:
         self._work = work
         self._heard: Callable[[], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_watching = False
+        self._rest: asyncio.TimerHandle | None = None
         # A dict for its order: who waits longest looks first.
         self._futures: dict[asyncio.Future[bool], None] = {}
 
@@ -60,7 +62,28 @@ class Watch:
             self.stop()
             self._heard = None  # it belongs to the loop before
             self._loop = loop
-            (loop.add_writer if self._writing else loop.add_reader)(self._fd, self._ready)
+            self._watch(loop)
+
+    def rest(self, until: float) -> None:
+        """Notice nothing until then (loop time), and then whatever has happened."""
+        if self._loop is not None and self._rest is None:
+            self._watch_no_longer(self._loop)
+            self._rest = self._loop.call_at(until, self._end_rest)
+
+    def _end_rest(self) -> None:
+        self._rest = None
+        self._ready()
+        if self._loop is not None and self._rest is None:
+            self._watch(self._loop)
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_watching = True
+        (loop.add_writer if self._writing else loop.add_reader)(self._fd, self._ready)
+
+    def _watch_no_longer(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._is_watching:
+            self._is_watching = False
+            (loop.remove_writer if self._writing else loop.remove_reader)(self._fd)
 
     def _ready(self) -> None:
         unfinished = self._work()
@@ -79,10 +102,13 @@ class Watch:
     def stop(self) -> None:
         """Watch no longer, and let every waiter look again; ``work`` may call it too."""
         loop, self._loop = self._loop, None
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         if loop is not None and loop.is_closed():
             self._futures.clear()  # of tasks that nothing will ever resume
         elif loop is not None:
-            (loop.remove_writer if self._writing else loop.remove_reader)(self._fd)
+            self._watch_no_longer(loop)
         self._notify()
 
     def close(self) -> None:

@@ -157,3 +157,73 @@ def test_without_a_loop_nothing_is_watched(watched):
     watch, _ = watched
     watch.begin()
     assert watch._loop is None
+
+
+@bounded(30)
+async def test_a_rest_ends_with_what_happened_in_it(watched):
+    """Nothing is noticed before; then everything is, and from then on each event again."""
+    watch, far = watched
+    loop = asyncio.get_running_loop()
+    heard = asyncio.Event()
+    watch.listen(heard.set)
+    until = loop.time() + 0.05
+    watch.rest(until)
+    watch.rest(until + 60)  # one rest at a time
+    before = []
+    loop.call_at(until - 0.001, lambda: before.append(watch.received))
+    far.send(b"a")
+    far.send(b"b")
+    await heard.wait()
+    assert (before, watch.received) == ([b""], b"ab")
+    heard.clear()
+    far.send(b"c")
+    await heard.wait()
+    assert watch.received == b"abc"
+
+
+@bounded(30)
+async def test_one_rest_after_another_watches_nothing(watched, monkeypatch):
+    """A listener that rests again and again costs a timer each time and no registration."""
+    watch, far = watched
+    loop = asyncio.get_running_loop()
+    rested = asyncio.Event()
+    registered = []
+    add_reader = loop.add_reader
+
+    def rest_again() -> None:
+        if len(watch.received) < 5:
+            far.send(b"x")
+            watch.rest(loop.time())
+        else:
+            rested.set()
+
+    watch.listen(rest_again)
+    monkeypatch.setattr(loop, "add_reader", lambda *args: registered.append(add_reader(*args)))
+    far.send(b"x")
+    await rested.wait()
+    await turn(3)
+    assert watch.received == b"xxxxx"
+    assert len(registered) == 1, "after the last rest"
+
+
+@bounded(30)
+async def test_stop_ends_a_rest(watched):
+    """Whoever stops or closes a watch in its rest leaves no timer, and may begin anew."""
+    watch, far = watched
+    loop = asyncio.get_running_loop()
+    heard = asyncio.Event()
+    scheduled = _scheduled(loop)
+    watch.listen(heard.set)
+    watch.rest(loop.time() + 60)
+    watch.stop()
+    assert _scheduled(loop) == scheduled
+    watch.listen(heard.set)
+    far.send(b"x")
+    await heard.wait()
+    watch.rest(loop.time() + 60)
+    watch.close()
+    assert _scheduled(loop) == scheduled
+
+
+def _scheduled(loop):
+    return [timer for timer in loop._scheduled if not timer.cancelled()]

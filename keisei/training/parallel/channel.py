@@ -27,6 +27,7 @@ from keisei.ipc.ring import Place, RingReader
 from keisei.ipc.status import Phase, StatusLine
 from keisei.supervision.exits import LastWords
 from keisei.training.parallel.batch import ExperienceBatch
+from keisei.training.parallel.rhythm import Rhythm
 
 E = TypeVar("E")
 
@@ -104,6 +105,7 @@ class Channel:
         self.is_ready = False
         self.is_paused = False
         self._views = _NO_VIEWS
+        self._rhythm = Rhythm()
         self._goodbye: messages.Goodbye | None = None
         self._failed: messages.Failed | None = None
         self._listener: Listener | None = None
@@ -246,7 +248,12 @@ class Channel:
             self._on_experience()
 
     def _on_experience(self) -> None:
+        before = self.received
         self._take_all(self.experience, self._experience)
+        now = asyncio.get_running_loop().time()
+        look_at = self._rhythm.next_look(now, self.received - before, self.outstanding)
+        if look_at is not None:
+            _held(self.experience.reader).rest(look_at)
 
     def _on_reply(self) -> None:
         self._take_all(self.reply, self._hear)
