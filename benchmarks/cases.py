@@ -23,13 +23,15 @@ class Throughput(Case):
     """Transitions that reach the learner's process as tensors.
 
     ``envs`` counts the environments of one worker; a vectorised peer, whose workers are its
-    environments, runs ``workers`` x ``envs`` processes.
+    environments, runs ``workers`` x ``envs`` processes. ``ahead`` batches of each worker may wait
+    for the learner, in systems whose workers run ahead.
     """
 
     work: Work = "pixel"
     workers: int = 2
     envs: int = 1
     batch: int = 128
+    ahead: int = 4
     seconds: float = 3.0
     warmup: float = 0.5
     record: bool = True

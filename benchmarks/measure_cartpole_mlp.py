@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from benchmarks.cases import Throughput
 from benchmarks.plan import OURS, Measurement, System
 from benchmarks.systems import (
@@ -19,6 +21,7 @@ from benchmarks.targets import Target, ahead_of, of_limit
 
 OWN = "keisei, its own ActorCritic"
 CASE = "2 x 8 environments"
+LONG = "2 x 8 environments, rollouts of 128 steps"
 TARGETS = (
     Target(
         "ahead of the better TorchRL collector",
@@ -31,31 +34,41 @@ TARGETS = (
         of_limit(BARE, "steps_per_s", [CASE]),
         at_least=0.9,
     ),
+    Target(
+        "of bare loops that do the same inference, rollouts of 128 steps",
+        of_limit(BARE, "steps_per_s", [LONG]),
+        at_least=0.9,
+    ),
 )
 SYSTEMS = (
     System(BARE, "limit", "limits.bare_loops:throughput"),
     System(OURS, "ours", "ours.data:throughput_gymnasium"),
     System(OWN, "ours", "ours.data:throughput_own_policy"),
-    System(TORCHRL_SYNC, "peer", "peers.torchrl_collectors:throughput_sync"),
-    System(TORCHRL_ASYNC, "peer", "peers.torchrl_collectors:throughput_async"),
-    System(RLLIB, "peer", "peers.rllib_runners:throughput"),
-    System(RAY, "peer", "peers.ray_actors:throughput"),
+    System(
+        TORCHRL_SYNC, "peer", "peers.torchrl_collectors:throughput_sync", cases=frozenset([CASE])
+    ),
+    System(
+        TORCHRL_ASYNC, "peer", "peers.torchrl_collectors:throughput_async", cases=frozenset([CASE])
+    ),
+    System(RLLIB, "peer", "peers.rllib_runners:throughput", cases=frozenset([CASE])),
+    System(RAY, "peer", "peers.ray_actors:throughput", cases=frozenset([CASE])),
     System(QUEUE, "peer", "peers.multiprocessing_queue:throughput"),
 )
 
 
 def measurement(quick: bool) -> Measurement:
     """Return the measurement."""
-    case = Throughput(work="cartpole+mlp", envs=8)
+    case = Throughput(work="cartpole+mlp", envs=8, ahead=16)
     if quick:
-        case = Throughput(work="cartpole+mlp", envs=8, seconds=1.0, warmup=0.3)
+        case = Throughput(work="cartpole+mlp", envs=8, ahead=16, seconds=1.0, warmup=0.3)
     return Measurement(
         name="cartpole_mlp",
         title="Experience throughput with inference, CartPole-v1",
         metrics=(STEPS, LEARNER),
-        cases={CASE: case},
+        cases={CASE: case} if quick else {CASE: case, LONG: replace(case, batch=8 * 128, ahead=4)},
         systems=SYSTEMS,
         quick_systems=(BARE, OURS, TORCHRL_ASYNC, RLLIB),
-        targets=TARGETS,
+        targets=TARGETS[:-1] if quick else TARGETS,
         timeout=90,
+        isolate_cases=True,
     )

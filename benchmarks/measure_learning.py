@@ -8,10 +8,12 @@ from benchmarks.targets import Target, ahead_of, faster_across
 
 DUMMY, SUBPROC = "SB3 PPO, DummyVecEnv", "SB3 PPO, SubprocVecEnv"
 SB3 = (DUMMY, SUBPROC)
+OVERLAPPED = "keisei, collecting while it learns"
 ZOO, EXAMPLE = "RL-Zoo's parameters", "the example's parameters"
 QUICK_GOAL = 150.0
 SYSTEMS = (
     System(OURS, "ours", "ours.learning:learn"),
+    System(OVERLAPPED, "ours", "ours.learning:learn_overlapped"),
     System(DUMMY, "peer", "peers.sb3_subproc:learn_dummy"),
     System(SUBPROC, "peer", "peers.sb3_subproc:learn_subproc"),
 )

@@ -77,15 +77,22 @@ class Runner:
             self._progress(f"{head}: {_digest(cell, records)} ({seconds:.1f} s)")
 
     def _cells(self, measurement: Measurement) -> Iterator[Cell]:
-        """Yield the cells of one measurement; each repetition begins with another system."""
+        """Yield the cells of one measurement; each repetition begins with another system.
+
+        What is compared runs one after the other: all systems with one case, where each case has a
+        process tree of its own.
+        """
         repetitions = self._settings.repetitions or measurement.repetitions
+        groups = [list(measurement.cases)]
+        if measurement.isolate_cases:
+            groups = [[label] for label in measurement.cases]
         for repetition in range(repetitions):
             shift = repetition % max(1, len(measurement.systems))
-            for system in measurement.systems[shift:] + measurement.systems[:shift]:
-                labels = measurement.labels(system)
-                groups = [(x,) for x in labels] if measurement.isolate_cases else [tuple(labels)]
-                for group in groups:
-                    yield Cell(measurement, system, repetition, group)
+            for group in groups:
+                for system in measurement.systems[shift:] + measurement.systems[:shift]:
+                    labels = [label for label in measurement.labels(system) if label in group]
+                    if labels:
+                        yield Cell(measurement, system, repetition, tuple(labels))
 
     def _run_cell(self, cell: Cell) -> list[Record]:
         """Run one process tree and make one record for each case."""

@@ -34,7 +34,7 @@ def throughput(case: Throughput) -> Metrics:
     """Receive what workers with the shared loop make."""
     meter = Meter(case.seconds, case.warmup, fields=fields(case.work))
     worker = functools.partial(RolloutWorker, case)
-    return asyncio.run(_stream(worker, case.workers, meter))
+    return asyncio.run(_stream(worker, meter, workers=case.workers, ahead=case.ahead))
 
 
 def throughput_gymnasium(case: Throughput) -> Metrics:
@@ -56,7 +56,7 @@ def _gymnasium(case: Throughput, policy: Callable[[Any, Any], Any]) -> Metrics:
         rollout_length=case.batch // case.envs,
     )
     meter = Meter(case.seconds, case.warmup, fields=POLICY_FIELDS)
-    return asyncio.run(_stream(worker, case.workers, meter, NAMES))
+    return asyncio.run(_stream(worker, meter, NAMES, workers=case.workers, ahead=case.ahead))
 
 
 def bandwidth(case: Bandwidth) -> Metrics:
@@ -68,15 +68,21 @@ def bandwidth(case: Bandwidth) -> Metrics:
         warmup_batches=case.warmup_batches,
         cpu=lambda: procfs.cpu_seconds(procfs.tree()),
     )
-    return asyncio.run(_stream(functools.partial(ArrayWorker, case), 1, meter))
+    return asyncio.run(_stream(functools.partial(ArrayWorker, case), meter))
 
 
 async def _stream(
-    worker: Callable[[], Any], workers: int, meter: Meter, names: Mapping[str, str] | None = None
+    worker: Callable[[], Any],
+    meter: Meter,
+    names: Mapping[str, str] | None = None,
+    *,
+    workers: int = 1,
+    ahead: int = 4,
 ) -> Metrics:
     """Feed the meter; ``names`` tells what keisei calls the shared fields."""
     torch.set_num_threads(1)
-    async with ParallelManager(worker, config={"num_workers": workers}) as manager:
+    config = {"num_workers": workers, "max_queue_size": ahead}
+    async with ParallelManager(worker, config=config) as manager:
         async for batch in manager.experiences():
             data = batch.data
             if names is not None:

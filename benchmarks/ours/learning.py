@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -43,10 +43,15 @@ class _UntilSolved:
 
 def learn(case: Learning) -> Metrics:
     """Train with the example's workers and learner; starting the pool counts."""
-    return asyncio.run(_learn(case))
+    return asyncio.run(_learn(case, {"mode": "sync"}))
 
 
-async def _learn(case: Learning) -> Metrics:
+def learn_overlapped(case: Learning) -> Metrics:
+    """Do the same, but collect one version behind while the learner learns."""
+    return asyncio.run(_learn(case, {"mode": "async", "max_staleness": 1}))
+
+
+async def _learn(case: Learning, mode: Mapping[str, Any]) -> Metrics:
     torch.set_num_threads(1)
     began = time.perf_counter()
     loop = asyncio.get_running_loop()
@@ -66,9 +71,13 @@ async def _learn(case: Learning) -> Metrics:
         make_worker(parameters),
         model=policy,
         learner=until,
-        config={"num_workers": WORKERS, "mode": "sync", "seed": case.seed},
+        config={"num_workers": WORKERS, "seed": case.seed, **mode},
     )
-    await manager.run(max_steps=case.max_steps, max_seconds=case.max_seconds)
+    await manager.run(
+        max_steps=case.max_steps,
+        max_seconds=case.max_seconds,
+        steps_per_update=ENVS * parameters.rollout_length,
+    )
     if until.reached is None:
         raise RuntimeError(
             f"mean return {learner.mean_return:.0f} after {learner.num_steps:,} steps, "

@@ -38,7 +38,7 @@ def throughput_gzip(case: Throughput) -> Metrics:
 
 def _throughput(case: Throughput, *, compress: bool) -> Metrics:
     torch.set_num_threads(1)
-    batches = multiprocessing.get_context("spawn").Queue(SLOTS * case.workers)
+    batches = multiprocessing.get_context("spawn").Queue(case.ahead * case.workers)
     arguments = [(case, index, batches, compress) for index in range(case.workers)]
     with processes(_collect, arguments):
         first = as_tensors(_unpack(batches.get(timeout=START_SECONDS)))

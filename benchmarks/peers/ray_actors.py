@@ -106,11 +106,12 @@ def _actors(case: Case, workers: int) -> list[Any]:
 
 
 def throughput(case: Throughput) -> Metrics:
-    """Keep two calls per actor in flight; each makes one batch."""
+    """Keep some calls per actor in flight; each makes one batch."""
     torch.set_num_threads(1)
     with cluster(case.workers):
         meter = Meter(case.seconds, case.warmup, fields=fields(case.work))
-        return _stream([actor.collect for actor in _actors(case, case.workers)], case.batch, meter)
+        methods = [actor.collect for actor in _actors(case, case.workers)]
+        return _stream(methods, case.batch, meter, in_flight=case.ahead)
 
 
 def bandwidth(case: Bandwidth) -> Metrics:
@@ -123,11 +124,12 @@ def bandwidth(case: Bandwidth) -> Metrics:
             warmup_batches=case.warmup_batches,
             cpu=lambda: procfs.cpu_seconds(procfs.tree()),
         )
-        return _stream([actor.array for actor in _actors(case, 1)], 1, meter)
+        methods = [actor.array for actor in _actors(case, 1)]
+        return _stream(methods, 1, meter, in_flight=IN_FLIGHT)
 
 
-def _stream(methods: list[Any], steps: int, meter: Meter) -> Metrics:
-    pending = {method.remote(): method for method in methods for _ in range(IN_FLIGHT)}
+def _stream(methods: list[Any], steps: int, meter: Meter, *, in_flight: int) -> Metrics:
+    pending = {method.remote(): method for method in methods for _ in range(in_flight)}
     going = True
     while going:
         ready, _ = ray.wait(list(pending), num_returns=1)
