@@ -108,7 +108,8 @@ class ParallelConfig(_Values, frozen=True):
         preload: Modules that the fork server imports once; ``None`` chooses torch, the
             library's own, and the module of the worker. They must start no threads.
         seed: Root of every worker's seed; ``None`` draws one, which ``stats()`` tells.
-        max_queue_size: Experiences per worker that may wait for the learner.
+        max_queue_size: Experiences per worker that may wait for the learner. Where they take a
+            millisecond each, 8 to 16 let several be read at once.
         overflow: What a full queue does: "block" the worker, or "drop_oldest".
         sync_interval: Learner updates between two weight pushes of ``run()``.
         max_staleness: Largest wanted policy lag of a delivered batch, in versions; ``None``
