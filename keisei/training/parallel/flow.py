@@ -76,7 +76,7 @@ class Flow:
         if (
             self._config.overflow == "drop_oldest"
             and self._queued[worker_id] > self._config.max_queue_size
-            and self._steps_queued > self._demand  # nobody waits for more than the queues can hold
+            and not self._demand  # whoever waits is about to take them, the oldest first
         ):
             self._drop_oldest_of(worker_id)
         self._top_up_one(worker_id)
