@@ -25,7 +25,7 @@ def measurement(quick: bool) -> Measurement:
     """Return the measurement: everybody with batches of 128, and the curve of keisei over them."""
     case = Throughput(work="cartpole", ahead=16)
     if quick:
-        case = Throughput(work="cartpole", ahead=16, seconds=0.7, warmup=0.3)
+        case = replace(case, seconds=0.7, warmup=0.3)
     larger = {f"{CASE}, batches of {n}": replace(case, batch=n) for n in (32, 512, 2048)}
     systems = [
         system if system.name in (OURS, BARE) else replace(system, cases=frozenset([CASE]))

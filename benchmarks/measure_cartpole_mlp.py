@@ -60,7 +60,7 @@ def measurement(quick: bool) -> Measurement:
     """Return the measurement."""
     case = Throughput(work="cartpole+mlp", envs=8, ahead=16)
     if quick:
-        case = Throughput(work="cartpole+mlp", envs=8, ahead=16, seconds=1.0, warmup=0.3)
+        case = replace(case, seconds=1.0, warmup=0.3)
     return Measurement(
         name="cartpole_mlp",
         title="Experience throughput with inference, CartPole-v1",

@@ -20,22 +20,7 @@ from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.layout import describe
 from keisei.ipc.memory import PAGE
 from keisei.ipc.weights import WeightsPublisher, WeightsReader, tensors_of
-from torch_helpers import Copies
-
-DTYPES = [
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.float8_e4m3fn,
-]
+from torch_helpers import DTYPES, Copies
 
 
 def filled(value: float) -> dict[str, torch.Tensor]:
