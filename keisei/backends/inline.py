@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import traceback
 
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import SharedProcess
 from keisei.backends.runtime import WorkerRuntime
+from keisei.ipc import failures
 
 
 class InlineBackend:
@@ -73,7 +73,7 @@ class InlineProcess:
             lines = (f"{f.f_code.co_filename}:{f.f_lineno} {f.f_code.co_name}" for f in frames)
             return "\n".join(lines)
         error = None if self._task.cancelled() else self._task.exception()
-        return "" if error is None else "".join(traceback.format_exception(error))
+        return "" if error is None else failures.trace(error)
 
     def stderr_tail(self) -> str:
         """Return "": its standard error is the application's."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import traceback
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -20,7 +19,6 @@ from aiomultiprocess.types import Unit
 from keisei.backends.child import Inherited, flush, is_cut
 from keisei.backends.launch import Launched
 
-_MAX_TRACEBACK = 1 << 15
 _GOING = 0.3
 """Seconds in which an application that is ending has closed all that it had open."""
 
@@ -114,12 +112,12 @@ async def serve_worker() -> None:
 def tell_failure(error: BaseException) -> None:
     """Tell the application that this process cannot even begin to serve its worker."""
     from keisei.backends.endpoints import REPLY
-    from keisei.ipc import messages
+    from keisei.ipc import failures, messages
     from keisei.ipc.queues import FrameWriter
 
-    summary = "".join(traceback.format_exception_only(error)).strip()
-    trace = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
-    failed = messages.Failed("start", summary, trace, during_start=True)
+    failed = messages.Failed(
+        "start", failures.summary(error), failures.trace(error), during_start=True
+    )
     reply = FrameWriter(socket.socket(fileno=Inherited.fds[REPLY]), None)
     reply.put_nowait(messages.pack(failed))
     reply.close()

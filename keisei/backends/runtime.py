@@ -9,7 +9,6 @@ import operator
 import resource
 import sys
 import time
-import traceback
 import types
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.isolation import Isolation
 from keisei.exceptions import QueueEnded, SerializationError
-from keisei.ipc import messages, serialize
+from keisei.ipc import failures, messages, serialize
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.layout import Layout, describe
@@ -45,8 +44,8 @@ class HookFailed(Exception):
 
     def __init__(self, phase: Phase, error: BaseException) -> None:
         self.phase = phase
-        self.summary = "".join(traceback.format_exception_only(error)).strip()
-        self.traceback = "".join(traceback.format_exception(error))
+        self.summary = failures.summary(error)
+        self.traceback = failures.trace(error)
         super().__init__(self.summary)
 
 

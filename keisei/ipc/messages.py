@@ -98,7 +98,7 @@ class Applied(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A hook raised; the process ends after this frame."""
+    """A hook raised; the process ends after this frame. Its texts are those of ``failures``."""
 
     phase: str
     message: str

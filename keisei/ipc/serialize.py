@@ -9,10 +9,10 @@ from __future__ import annotations
 import io
 import pickle
 import sys
-import traceback
 from typing import Any
 
 from keisei.exceptions import SerializationError
+from keisei.ipc import failures
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 LARGE = 1 << 20
@@ -75,14 +75,9 @@ def dumps(value: Any, what: str = "value") -> bytes:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        reason = _reason(error)
+        reason = failures.summary(error)
         raise SerializationError(f"{what} cannot be pickled ({reason})") from error
     return buffer.getvalue()
-
-
-def _reason(error: BaseException) -> str:
-    """Say what ``error`` says, also of a class whose ``__str__`` raises."""
-    return "".join(traceback.format_exception_only(error)).strip()
 
 
 def loads(data: bytes | bytearray | memoryview, what: str = "value") -> Any:
@@ -96,7 +91,7 @@ def loads(data: bytes | bytearray | memoryview, what: str = "value") -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        reason = _reason(error)
+        reason = failures.summary(error)
         raise SerializationError(f"{what} cannot be unpickled ({reason})") from error
 
 

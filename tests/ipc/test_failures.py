@@ -1,0 +1,48 @@
+"""Text about exceptions: what is in it, and how long it may become."""
+
+from __future__ import annotations
+
+import pytest
+
+from keisei.ipc import failures, messages, serialize
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+def test_a_summary_is_the_class_and_the_message() -> None:
+    """What a log line needs is one line of the exception's own words."""
+    assert failures.summary(ValueError("wrong")) == "ValueError: wrong"
+    assert "Unprintable" in failures.summary(Unprintable())
+
+
+def test_a_trace_has_the_causes() -> None:
+    """The traceback names what the exception came from."""
+    error = KeyError("second")
+    error.__cause__ = ValueError("first")
+    trace = failures.trace(error)
+    assert trace.index("ValueError: first") < trace.index("KeyError: 'second'")
+
+
+@pytest.mark.parametrize("surplus", [-1, 0, 1, 1 << 20])
+def test_the_middle_of_a_long_text_is_left_out(surplus: int) -> None:
+    """Both ends stay whole, what is between is counted, and what fits is not touched."""
+    text = "a" * (failures.LONGEST + surplus - 1) + "z"
+    short = failures.shortened(text)
+    if surplus <= 0:
+        assert short == text
+        return
+    assert short.startswith("a" * (failures.LONGEST // 2))
+    assert short.endswith("az")
+    assert f"({surplus:,} characters left out)" in short
+
+
+def test_last_words_are_heard_at_once() -> None:
+    """The longest failure of the widest characters is below what is unpacked in a thread."""
+    error = ValueError("\N{MUSICAL SYMBOL G CLEF}" * (1 << 20))
+    failed = messages.Failed(
+        "collect", failures.summary(error), failures.trace(error), during_start=True
+    )
+    assert len(messages.pack(failed)) < serialize.LARGE
