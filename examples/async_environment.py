@@ -1,6 +1,6 @@
 """Collect from an environment that is a slow service, many episodes at a time.
 
-The program starts the service itself: an asyncio server on the loopback interface that takes
+The program starts the service itself: a server on the loopback interface that takes
 ``latency`` seconds for each step, as a language model or a remote simulator would. Each worker
 process plays many episodes concurrently, because its ``collect`` is a coroutine.
 """
@@ -15,6 +15,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+import anyio
+from anyio.abc import SocketAttribute, SocketStream, TaskStatus
+from anyio.streams.buffered import BufferedByteReceiveStream
 from async_environment_worker import ServiceWorker
 
 from keisei import ParallelManager
@@ -31,26 +34,30 @@ class Settings:
     batches: int = 8
 
 
-async def serve(latency: float) -> asyncio.Server:
+async def serve(latency: float, *, task_status: TaskStatus[int]) -> None:
     """Be the slow environment: each line is a step, each answer takes ``latency`` seconds."""
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer(stream: SocketStream) -> None:
         # Episodes that are under way when the pool stops are cut off.
-        with contextlib.suppress(ConnectionError):
-            while line := await reader.readline():
-                await asyncio.sleep(latency)
-                reward = json.loads(line)["step"] % 2
-                writer.write(json.dumps({"reward": float(reward)}).encode() + b"\n")
-                await writer.drain()
-        writer.close()
+        with contextlib.suppress(
+            anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError
+        ):
+            async with stream:
+                lines = BufferedByteReceiveStream(stream)
+                while True:
+                    step = json.loads(await lines.receive_until(b"\n", 1024))["step"]
+                    await anyio.sleep(latency)
+                    await stream.send(json.dumps({"reward": float(step % 2)}).encode() + b"\n")
 
-    return await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+        task_status.started(listener.extra(SocketAttribute.local_port))  # noqa: S610 - no Django
+        await listener.serve(answer)
 
 
 async def main(settings: Settings) -> None:
     """Collect some batches and tell what the concurrency was worth."""
-    async with await serve(settings.latency) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with anyio.create_task_group() as service:
+        port = await service.start(serve, settings.latency)
         worker = partial(ServiceWorker, port, settings.num_episodes, settings.length)
         config = {"num_workers": settings.num_workers, "collect_timeout": 30}
         steps = batches = 0
@@ -63,6 +70,7 @@ async def main(settings: Settings) -> None:
                     break
             seconds = time.monotonic() - began
             replies = await manager.send_command("hello")
+        service.cancel_scope.cancel()
     one_by_one = steps * settings.latency
     print(f"{steps} steps of {1e3 * settings.latency:.0f} ms each in {seconds:.1f} s")
     print(f"one after the other they take {one_by_one:.1f} s: {one_by_one / seconds:.0f} at a time")
