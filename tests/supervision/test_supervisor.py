@@ -85,9 +85,10 @@ class Scene:
 
     async def stop(self) -> None:
         """Stop, with processes that end when they are asked."""
-        for handle in self.crew.handles.values():
-            handle.reacts.setdefault("ask", 0)
-            handle.reacts.setdefault("terminate", -15)
+        # A successor may be on its way.
+        for reacts in (self.crew.reacts, *(handle.reacts for handle in self.crew.handles.values())):
+            reacts.setdefault("ask", 0)
+            reacts.setdefault("terminate", -15)
         await self.supervisor.stop()
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
