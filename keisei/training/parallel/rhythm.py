@@ -8,6 +8,8 @@ TICK = 0.001
 """Seconds. Looks at several queues fall on the same ticks, which are as fine as timers are."""
 LONGEST = 0.004
 """Seconds that an experience may have to wait until it is looked at."""
+WORTHWHILE = 3
+"""Experiences that a rest is expected to bring, at least."""
 
 
 class Rhythm:
@@ -31,15 +33,16 @@ class Rhythm:
             now: Seconds, on the clock that the result is on too.
             count: Experiences that this look has found.
             outstanding: Experiences that the worker has yet to deliver without hearing from us.
-                The look comes before it has, so that it never waits for one.
+                The look comes when it has delivered half of them.
         """
         if not count:
             return None
         before, self._interval = self._interval, (now - self._looked) / count
         self._looked = now
         interval = max(before, self._interval)
-        rest = min(interval * outstanding, LONGEST) if outstanding else 0.0
-        if rest < 2 * interval:
-            return None  # it would be one frame at a time all the same
+        # Half of its work: a worker that ran dry would lose more than anybody saves.
+        rest = min(interval * outstanding / 2, LONGEST) if outstanding else 0.0
+        if rest < WORTHWHILE * interval:
+            return None
         look_at = math.floor((now + rest) / TICK) * TICK
         return look_at if look_at - now >= TICK / 2 else None

@@ -23,9 +23,9 @@ def after_steady(interval: float, outstanding: int, *, looks: int = 3) -> float 
 
 
 def test_a_busy_worker_with_work_is_left_alone():
-    """For as long as it has work, up to the longest rest, and a tick less at most."""
-    for milliseconds, outstanding in ((0.5, 8), (1, 4), (1, 16), (1.9, 2)):
-        work = min(outstanding * milliseconds * 1e-3, LONGEST)
+    """For half of the time that it has work, up to the longest rest, and a tick less at most."""
+    for milliseconds, outstanding in ((0.4, 8), (0.5, 8), (1, 8), (1, 16), (1.3, 6)):
+        work = min(outstanding * milliseconds * 1e-3 / 2, LONGEST)
         rest = after_steady(milliseconds * 1e-3, outstanding)
         assert rest is not None
         assert max(work - TICK, TICK / 2) - 1e-9 <= rest <= work + 1e-9
@@ -42,8 +42,9 @@ def test_looks_at_several_workers_coincide():
 
 def test_nobody_rests_where_frames_come_one_at_a_time():
     """Slow workers, those that will be out of credits, and such that keep the loop busy anyway."""
-    assert after_steady(1.1 * LONGEST / 2, 100) is None
+    assert after_steady(1.1 * LONGEST / 3, 100) is None
     assert after_steady(0.001, 1) is None
+    assert after_steady(0.001, 5) is None
     assert after_steady(0.001, 0) is None
     assert after_steady(0.00005, 4) is None
 
@@ -74,7 +75,7 @@ def test_a_look_that_finds_nothing_ends_the_rest():
     )
 )
 def test_no_worker_waits_for_a_look(looks):
-    """A rest ends before the work does, after the longest rest at most, and is worth a timer."""
+    """A rest ends before half of the work is done, is never too long, and is worth a timer."""
     rhythm = Rhythm()
     times = itertools.accumulate((step for step, _, _ in looks), initial=100.0)
     last, intervals = -math.inf, []
@@ -85,5 +86,5 @@ def test_no_worker_waits_for_a_look(looks):
         look_at = rhythm.next_look(now, count, outstanding)
         if look_at is not None:
             assert count
-            work = max(intervals[-2:]) * outstanding
-            assert TICK / 2 <= look_at - now <= min(work, LONGEST) + 1e-9
+            half = max(intervals[-2:]) * outstanding / 2
+            assert TICK / 2 <= look_at - now <= min(half, LONGEST) + 1e-9
