@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 import types
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +150,8 @@ class WorkerRuntime:
         concurrent = inspect.iscoroutinefunction(self._worker.collect)
         while True:
             self._wake.clear()
-            if self._has_news():
-                await self._hear()
+            if news := self._news():
+                await self._hear(news)
             if self._collecting is not None and self._collecting.done():
                 finished, self._collecting = self._collecting, None
                 await self._deliver(finished.result())
@@ -182,16 +182,22 @@ class WorkerRuntime:
                 return ""
             await self._wake.wait()
 
-    def _has_news(self) -> bool:
-        """Return whether anything has arrived; one system call at most."""
-        ends = self._ends
-        return ends.control.has_news or ends.model.has_news or bool(self._poll.poll(0))
+    def _news(self) -> set[int]:
+        """Return the descriptors of the queues in which something has arrived; one system call."""
+        news = {fd for fd, _ in self._poll.poll(0)}
+        for end in (self._ends.control, self._ends.model):
+            if end.has_news:
+                news.add(end.fileno())
+        return news
 
-    async def _hear(self) -> None:
+    async def _hear(self, news: set[int]) -> None:
         """Take in all that has arrived, in order."""
-        self._take_credits()
-        self._hear_announcements()
-        await self._obey()
+        if self._ends.experience.fileno() in news:
+            self._take_credits()
+        if self._ends.model.fileno() in news:
+            self._hear_announcements()
+        if self._ends.control.fileno() in news:
+            await self._obey()
 
     async def _let_the_loop_turn(self) -> None:
         """Let timers, signals and the worker's own tasks run between two experiences."""
@@ -310,8 +316,7 @@ class WorkerRuntime:
         return version
 
     def _hear_announcements(self) -> None:
-        while (frame := _next(self._ends.model)) is not None:
-            payload, fds = frame
+        for payload, fds in _frames(self._ends.model):
             message = messages.unpack(payload)
             if isinstance(message, messages.Arena):
                 self._weights = WeightsReader(fds[0], message.layout)
@@ -322,8 +327,8 @@ class WorkerRuntime:
 
     async def _obey(self) -> None:
         """Handle every control frame that has arrived, in order."""
-        while (frame := _next(self._ends.control)) is not None:
-            message = messages.unpack(frame[0])
+        for payload, _ in _frames(self._ends.control):
+            message = messages.unpack(payload)
             if isinstance(message, messages.Command):
                 await self._answer(message)
             elif isinstance(message, messages.Pause):
@@ -400,11 +405,13 @@ class WorkerRuntime:
         )
 
 
-def _next(reader: FrameReader) -> tuple[memoryview, list[int]] | None:
-    try:
-        return reader.pop()
-    except QueueEnded:
-        return None
+def _frames(reader: FrameReader) -> Iterator[tuple[memoryview, list[int]]]:
+    """Take the frames that have arrived; what comes meanwhile is the next event's."""
+    with contextlib.suppress(QueueEnded):
+        frame = reader.pop()
+        while frame is not None:
+            yield frame
+            frame = reader.pop() if reader.has_news else None
 
 
 def _num_steps(experience: Experience, layout: Layout) -> int:

@@ -33,14 +33,15 @@ class AsyncQueue(Generic[T]):
         Args:
             maxsize: The bound; 0 leaves it to the operating system's buffers, which take some
                 hundred small values.
-            manual: Send nothing but on credits that the reader grants (``reader.grant``).
+            manual: Taking a value tells the writer nothing. One of a bounded queue sends nothing
+                but on credits that the reader grants (``reader.grant``).
 
         Raises:
             ValueError: ``maxsize`` is negative.
         """
         self.maxsize = _checked(maxsize)
         near, far = socket.socketpair()
-        credit = 0 if manual else maxsize or None
+        credit = 0 if manual and maxsize else maxsize or None
         self.writer: FrameWriter | None = FrameWriter(near, credit)
         self.reader: FrameReader | None = FrameReader(far, "manual" if manual else "each")
 

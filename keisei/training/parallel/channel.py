@@ -95,7 +95,7 @@ class Channel:
             undo.callback(self.model.close)
             self.control: AsyncQueue[Any] = AsyncQueue()
             undo.callback(self.control.close)
-            self.reply: AsyncQueue[Any] = AsyncQueue()
+            self.reply: AsyncQueue[Any] = AsyncQueue(manual=True)
             undo.callback(self.reply.close)
             self.status = StatusLine()
             undo.pop_all()
