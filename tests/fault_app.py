@@ -61,5 +61,7 @@ def with_handlers(loop: asyncio.AbstractEventLoop, manager: ParallelManager) -> 
 
 
 if __name__ == "__main__":
+    # A shell ignores it for what it starts in the background, such as a run of the tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(BrokenPipeError):
         asyncio.run(main(**json.loads(sys.argv[1])))

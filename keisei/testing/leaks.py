@@ -154,9 +154,13 @@ def _targets(pid: int | str) -> Iterator[str]:
 def _describe_process(pid: int) -> str:
     try:
         command = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        head, _, rest = (_PROC / str(pid) / "stat").read_text().rpartition(")")
     except OSError:
         return "a process that is ending"
-    return _without_number(command.strip()[:120]) or "a zombie"
+    if rest.split()[0] == "Z":
+        return "a zombie"
+    # One that is just becoming another program has no command line for a moment.
+    return _without_number(command.strip()[:120] or head.partition("(")[2])
 
 
 def _descriptors() -> list[str]:

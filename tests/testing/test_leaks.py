@@ -22,7 +22,11 @@ WAIT = "import sys; sys.stdin.read()"
 
 def start(program=WAIT, **options):
     """Start a Python process that ends when its standard input is closed."""
-    return subprocess.Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, **options)
+    command = [sys.executable, "-S", "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, **options)
+    while not Path(f"/proc/{process.pid}/cmdline").read_bytes():
+        os.sched_yield()  # it is not quite the new program yet
+    return process
 
 
 def end(process):
