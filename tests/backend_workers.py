@@ -142,3 +142,13 @@ class Explosive:
 
     def __call__(self) -> Worker:
         raise AssertionError("it was unpickled")
+
+
+class HangsInSetup(Worker):
+    """Never comes up, and ends only when somebody ends it."""
+
+    def setup(self, context: WorkerContext) -> None:
+        threading.Event().wait()
+
+    def collect(self) -> dict[str, torch.Tensor]:
+        raise AssertionError("it never comes up")

@@ -9,12 +9,17 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import pool_workers
 from keisei.backends.local import warm_fork_server
 from keisei.training.parallel.parallel_manager import ParallelManager
 
 pytest_plugins = ["keisei.testing.pytest_plugin"]
+
+# A starved machine makes any example slow.
+settings.register_profile("keisei", deadline=None)
+settings.load_profile("keisei")
 
 _ARGUMENTS = {"model", "learner", "observers"}
 

@@ -35,7 +35,9 @@ class WorkerEndpoints:
     def poll(self) -> select.poll:
         """Return what tells, in one system call, whether anything has arrived."""
         poll = select.poll()
-        for end in (self.control, self.model, self.experience):
+        # They are looked at in this order, so that weights which were announced before a credit
+        # was given are found with it.
+        for end in (self.experience, self.model, self.control):
             poll.register(end.fileno(), select.POLLIN)
         return poll
 

@@ -74,18 +74,22 @@ class _Server:
         self._import(modules)
         data, report, *inherited = fds
         child.flush()  # what is in a buffer now would be written once more by the forked process
+        told = tell = -1
         try:
+            told, tell = os.pipe()
             pid = os.fork()
         except OSError as error:
             pid = -(error.errno or errno.EAGAIN)
         if pid == 0:
-            self._become_worker(data, report, inherited)
-        for fd in (data, *inherited):
-            os.close(fd)
+            os.close(tell)
+            self._become_worker(told, data, report, inherited)
         if _report(report, pid) and pid > 0:
             self._reports[pid] = report
+            _report(tell, pid)
         else:
             os.close(report)
+        for fd in (data, *inherited, *([told, tell] if tell >= 0 else [])):
+            os.close(fd)
         return True
 
     def _import(self, modules: list[str]) -> None:
@@ -104,9 +108,16 @@ class _Server:
             gc.collect()
             gc.freeze()
 
-    def _become_worker(self, data: int, report: int, inherited: list[int]) -> NoReturn:
-        """Run the worker in the forked process; never returns."""
+    def _become_worker(self, told: int, data: int, report: int, inherited: list[int]) -> NoReturn:
+        """Run the worker in the forked process; never returns.
+
+        It begins when the application was told of it. A server that is killed before leaves
+        nobody who would end it.
+        """
         try:
+            if not os.read(told, 1):
+                os._exit(1)
+            os.close(told)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, self._on_child)
             self._selector.close()

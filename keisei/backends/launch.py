@@ -115,9 +115,12 @@ class ForkServer:
 
     Attributes:
         pid: Its process id, ``None`` while it is not running.
+        epoch: The number of aborts. Whoever aborts counts first, in the thread where starts are
+            described: one that was described before, and asks only later, starts no new server.
     """
 
     def __init__(self) -> None:
+        self.epoch = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -139,7 +142,7 @@ class ForkServer:
                 self._stop()
 
     def abort(self) -> None:
-        """End the server, whoever uses it; starts that are under way fail."""
+        """End the server, whoever uses it; starts that are under way fail. See ``epoch``."""
         with self._lock:
             self._stop()
 
@@ -149,26 +152,29 @@ class ForkServer:
             self._socket.close()
         self._reset()
 
-    def fork(self, data: int, fds: Sequence[int], modules: Sequence[str]) -> tuple[int, int]:
+    def fork(
+        self, data: int, fds: Sequence[int], modules: Sequence[str], epoch: int
+    ) -> tuple[int, int]:
         """Start a process; start the server first if it is not running.
 
         Args:
             data: A file that the process reads first; the caller keeps its own.
             fds: Descriptors that it inherits; the caller keeps its own.
             modules: What the server imports first, unless it has.
+            epoch: The one in which the start was described.
 
         Returns:
             The pid, and a descriptor from which the exit code can be read.
 
         Raises:
-            OSError: There is no room for a process, or the server has ended.
+            OSError: There is no room for a process, or the server has ended or was aborted.
         """
         names = " ".join(modules).encode()
         request = LENGTH.pack(len(names)) + names
         report, their_report = os.pipe()
         with _closing_on_error(report):
             with _closing(their_report):
-                asked = self._ask(request, [data, their_report, *fds])
+                asked = self._ask(request, [data, their_report, *fds], epoch)
             pid = _read_number(report)
             if pid is None:
                 self._end(asked)
@@ -177,9 +183,11 @@ class ForkServer:
                 raise OSError(-pid, os.strerror(-pid))
         return pid, report
 
-    def _ask(self, request: bytes, fds: Sequence[int]) -> socket.socket:
+    def _ask(self, request: bytes, fds: Sequence[int], epoch: int) -> socket.socket:
         """Send a request, to a new server if there is none or it has died, and return whom."""
         with self._lock:
+            if epoch != self.epoch:
+                raise ChildProcessError("the fork server was ended before it was asked")
             if self._socket is not None:
                 try:
                     socket.send_fds(self._socket, [request], fds)
@@ -241,7 +249,12 @@ class Launched:
     method = "keisei"
 
     def __init__(
-        self, process: Any, fds: Sequence[int], modules: Sequence[str] | None, with_main: bool
+        self,
+        process: Any,
+        fds: Sequence[int],
+        modules: Sequence[str] | None,
+        with_main: bool,
+        epoch: int,
     ) -> None:
         """Start ``process`` (a ``BaseProcess``), by the fork server or in a new interpreter.
 
@@ -250,6 +263,7 @@ class Launched:
             fds: Descriptors that it inherits; the caller keeps its own.
             modules: What the fork server imports first; ``None`` spawns an interpreter.
             with_main: Import the application's main script in the new process.
+            epoch: The fork server's when the start was described.
         """
         self.returncode: int | None = None
         self.is_lost = False
@@ -263,7 +277,7 @@ class Launched:
                 stream.write(self._pickled(process, with_main))
             os.lseek(data, 0, os.SEEK_SET)
             if modules is not None:
-                self.pid, self.sentinel = server.fork(data, fds, modules)
+                self.pid, self.sentinel = server.fork(data, fds, modules, epoch)
             else:
                 self.pid, self.sentinel = _spawn_worker(data, fds)
 

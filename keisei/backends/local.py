@@ -130,6 +130,7 @@ class LocalBackend:
     def abort_starts(self) -> None:
         """End the fork server, whose import of the preloaded modules may be what hangs."""
         if self._preload is not None:
+            launch.server.epoch += 1
             _aside(launch.server.abort)
 
     async def aclose(self) -> None:

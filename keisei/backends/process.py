@@ -17,7 +17,7 @@ import aiomultiprocess
 from aiomultiprocess.types import Unit
 
 from keisei.backends.child import Inherited, flush, is_cut
-from keisei.backends.launch import Launched
+from keisei.backends.launch import Launched, server
 
 _GOING = 0.3
 """Seconds in which an application that is ending has closed all that it had open."""
@@ -39,7 +39,7 @@ class _Process(BaseProcess):
         super().__init__(
             target=aiomultiprocess.Process.run_async, args=(unit,), name=name, daemon=False
         )
-        self._launching = (fds, modules, with_main)
+        self._launching = (fds, modules, with_main, server.epoch)
         self.launched: Launched | None = None
 
     def _Popen(self, _: _Process) -> Launched:  # noqa: N802 - multiprocessing's name

@@ -93,6 +93,7 @@ class Incarnation:
         self._timers: list[asyncio.TimerHandle] = []
         self._stacks = ""
         self._dumped = ""
+        self._before_stall = ""
 
     @property
     def pid(self) -> int | None:
@@ -225,7 +226,7 @@ class Incarnation:
 
         def suspect(stale: float) -> None:
             phase = status.phase.name.lower()
-            self._stacks = ""
+            self._stacks, self._before_stall = "", handle.crash_report()
             self._dump(handle, lambda: on_stall(Stall(phase, stale, self._stacks)))
 
         def hung(stale: float) -> None:
@@ -265,8 +266,9 @@ class Incarnation:
         """
         if self.handle is None:
             return ""
-        if self.ended_for is not None and self.ended_for[0] is ExitCause.HANG and self._stacks:
-            return self._stacks
+        if self.ended_for is not None and self.ended_for[0] is ExitCause.HANG:
+            # A starved one may have written late: later than it was looked for.
+            return self._stacks or self.handle.crash_report().removeprefix(self._before_stall)
         return self.handle.crash_report().removeprefix(self._dumped)
 
     def stderr_tail(self) -> str:

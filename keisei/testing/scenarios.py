@@ -50,8 +50,10 @@ async def fail_after(seconds: float) -> AsyncIterator[None]:
 
     def expire() -> None:
         nonlocal stacks
-        stacks = all_stacks()
-        limit.reschedule(loop.time())
+        try:
+            stacks = all_stacks()
+        finally:
+            limit.reschedule(loop.time())
 
     timer = loop.call_later(seconds, expire)
     try:
@@ -110,18 +112,17 @@ def _worker_stacks(pid: int) -> str | None:
     crash_file = _crash_file(pid)
     if crash_file is None:
         return None
-    before = crash_file.stat().st_size
     try:
+        before = crash_file.stat().st_size
         os.kill(pid, STACKS_SIGNAL)
-    except ProcessLookupError:
+        # The handler takes microseconds where a process runs at all; a stopped one writes nothing.
+        select.select([], [], [], _DUMP_TIME)
+        with crash_file.open("rb") as file:
+            file.seek(before)
+            text = file.read().decode(errors="replace")
+    except OSError:
         return "it has ended"
-    # The handler takes microseconds where the process runs at all; a stopped one writes nothing.
-    select.select([], [], [], _DUMP_TIME)
-    with crash_file.open("rb") as file:
-        file.seek(before)
-        return (
-            file.read().decode(errors="replace") or "it does not answer: stopped, or in the kernel"
-        )
+    return text or "it does not answer: stopped, or in the kernel"
 
 
 def _crash_file(pid: int) -> Path | None:

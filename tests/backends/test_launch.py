@@ -156,7 +156,8 @@ def test_an_application_that_forgets_to_stop(tmp_path, way):
     with Application(tmp_path, FORGETFUL, way, str(tmp_path)) as application:
         for fifo in [application.fifo(holder) for holder in way.split()[1:]]:
             fifo.wait_held()
-        application.say("go on")
+        if way == "open importing":
+            application.say("go on")  # the others do by themselves
         assert application.wait() == 0
         application.wait_all_gone([])
 

@@ -113,6 +113,7 @@ async def test_a_request_for_stacks_does_not_kill_a_process_that_boots(make_mana
         started = await next_event(stream, events.WorkerStarted)
         os.kill(started.pid, STACKS_SIGNAL)
         await starting
+        await call(manager, os.getpid)  # by now it has taken the signal
         assert manager.incidents == ()
         report = manager._pool.supervisor.running(0).handle.crash_report()
         assert "File " in report
@@ -351,7 +352,7 @@ async def test_a_server_that_hangs_while_it_imports_is_aborted(make_manager):
         with pytest.raises(WorkerStartError, match="no process within start_timeout"):
             async with make_manager(
                 blocking_import.Unreachable,
-                num_workers=2,
+                num_workers=1,
                 start_timeout=0.5,
                 restart=NO_RESTARTS,
             ):
@@ -381,6 +382,41 @@ async def test_a_pool_that_is_stopped_while_its_server_imports(make_manager, mon
             await starting
     assert launch.server.pid is None
     assert manager.incidents == ()
+    await warm_again(make_manager)
+
+
+async def test_a_start_that_asks_after_its_abort_brings_no_server(make_manager, monkeypatch):
+    """A thread that gets its turn late fails, and does not begin what nobody would end."""
+    held = Held(monkeypatch)
+    manager = make_manager(
+        blocking_import.Unreachable, num_workers=2, shutdown_timeout=0.1, start_timeout=1000.0
+    )
+    async with fail_after(LIMIT):
+        starting = asyncio.create_task(manager.start())
+        await asyncio.to_thread(held.begun.wait)
+        await manager.stop()
+        with pytest.raises(ManagerStateError, match="stopped while it was starting"):
+            await starting
+        held.go_on.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("keisei-start"):
+                await asyncio.to_thread(thread.join)
+    assert launch.server.pid is None
+    await warm_again(make_manager)
+
+
+async def test_a_server_that_is_killed_before_it_tells_of_a_process_leaves_none(make_manager):
+    """The process never begins: nobody could end it."""
+    async with fail_after(LIMIT):
+        with pytest.raises(WorkerStartError, match="the fork server ended"):
+            async with make_manager(
+                backend_workers.HangsInSetup,
+                num_workers=1,
+                preload=["dying_server"],
+                restart=NO_RESTARTS,
+            ):
+                pass
+    assert launch.server.pid is None
     await warm_again(make_manager)
 
 
@@ -483,8 +519,11 @@ def test_a_start_that_outlives_its_loop_is_undone(monkeypatch):
     """When the loop is closed before the process is up, the thread itself ends it."""
     held = Held(monkeypatch)
 
+    backends = []
+
     async def main() -> None:
         backend = open_backend("forkserver")
+        backends.append(backend)
         communicator = WorkerCommunicator(1)
         starting = asyncio.create_task(backend.start(communicator.endpoints(0), "test"))
         await asyncio.to_thread(held.begun.wait)
@@ -499,6 +538,7 @@ def test_a_start_that_outlives_its_loop_is_undone(monkeypatch):
     (start,) = held.starts
     assert start.process.aio_process._closed
     launch.server.release()
+    backends[0]._stderr.join(LIMIT)
 
 
 @pytest.mark.usefixtures("_warm_fork_server")

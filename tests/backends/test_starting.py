@@ -143,11 +143,13 @@ async def test_a_main_script_that_is_being_imported_starts_no_pool(monkeypatch):
 async def test_starts_wait_for_one_another(monkeypatch):
     """No more are under way than allowed, and one that fails makes room."""
     begun: list[str] = []
-    gate = asyncio.Event()
+    gate, two = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def start(process: WorkerProcess) -> None:
         begun.append(process.name)
+        if len(begun) == 2:
+            loop.call_soon_threadsafe(two.set)
         asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
         raise OSError(f"{process.name} fails")
 
@@ -159,6 +161,7 @@ async def test_starts_wait_for_one_another(monkeypatch):
             asyncio.create_task(made.start(communicator.endpoints(key), f"worker {key}"))
             for key in range(3)
         ]
+        await two.wait()
         done, _ = await asyncio.wait(tasks, timeout=0.05)
         assert done == set()
         assert sorted(begun) == ["worker 0", "worker 1"]
@@ -166,6 +169,7 @@ async def test_starts_wait_for_one_another(monkeypatch):
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         assert [str(error) for error in errors] == [f"worker {key} fails" for key in range(3)]
         await communicator.cleanup()
+        await asyncio.to_thread(made._stderr.join, LIMIT)
 
 
 async def test_a_start_that_waits_is_cancelled(monkeypatch):

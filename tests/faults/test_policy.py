@@ -80,6 +80,7 @@ async def test_poisoned_weights_are_withdrawn(make_manager, how):
     worker = partial(fault_workers.Poisoned, how)
     config = {
         "num_workers": 3,
+        "start_timeout": 15.0,  # the first to fail may load the version once more, in its start
         "collect_timeout": 0.8,
         "command_timeout": 0.8,
         "check_finite": True,

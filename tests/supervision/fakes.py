@@ -17,6 +17,8 @@ class FakeHandle:
     Attributes:
         calls: What was done to it, in order.
         reacts: By the name of a call: the exit code that it ends with.
+        dump: What it writes when it is asked for its stacks, after each of ``dumps``.
+        late: What it has written by the time that somebody asks for its state.
     """
 
     def __init__(self, pid: int = 100, **reacts: int) -> None:
@@ -25,6 +27,8 @@ class FakeHandle:
         self.reacts: dict[str, int] = reacts
         self.report = ""
         self.dump = ""
+        self.dumps: list[str] = []
+        self.late = ""
         self.stderr = ""
         self.letter = "S"
         self._exit: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
@@ -54,7 +58,7 @@ class FakeHandle:
 
     def dump_stacks(self) -> None:
         self._call("dump_stacks")
-        self.report += self.dump
+        self.report += self.dumps.pop(0) if self.dumps else self.dump
 
     def crash_report(self) -> str:
         return self.report
@@ -63,6 +67,7 @@ class FakeHandle:
         return self.stderr
 
     def state(self) -> str:
+        self.report, self.late = self.report + self.late, ""
         return self.letter
 
     def close(self) -> None:

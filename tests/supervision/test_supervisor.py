@@ -32,14 +32,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(incarnation, "_DUMP_TIME", 0.0)
 
 
-@pytest.fixture(autouse=True)
-async def limit() -> Any:
-    """Let no test wait longer than half a minute."""
-    task = asyncio.current_task()
-    assert task is not None
-    timer = asyncio.get_running_loop().call_later(30, task.cancel)
-    yield
-    timer.cancel()
+# By a signal, so that a test which waits in vain fails alone.
+pytestmark = pytest.mark.timeout(30, method="signal")
 
 
 class Scene:
@@ -830,22 +824,21 @@ async def test_a_stall_that_was_overcome_is_not_why_it_died_later(crew):
 
 
 @pytest.mark.parametrize(
-    ("last_dump", "told"),
+    ("dumps", "told"),
     [
-        pytest.param("stack of the end", "stack of the end", id="it hung elsewhere in the end"),
-        pytest.param("", "stack of the stall", id="it was stopped and could write no more"),
+        pytest.param(["stall", "end"], "end", id="it hung elsewhere in the end"),
+        pytest.param(["stall", ""], "stall", id="it was stopped and could write no more"),
+        pytest.param(["", ""], "late", id="it wrote late and no more"),
     ],
 )
-async def test_the_last_stacks_that_there_are_are_told(hanging, last_dump, told):
+async def test_the_last_stacks_that_there_are_are_told(hanging, dumps, told):
     """They are asked for at half of the time, and once more at its end."""
     await hanging.start()
     old = hanging.handle()
-    old.dump = "stack of the stall"
+    old.dumps = list(dumps)
+    old.late = "late" if told == "late" else ""
     hanging.crew.enter(0, Phase.COLLECT)
     hanging.supervisor.expect_progress(0)
-    while not any(isinstance(event, events.WorkerSuspected) for event in hanging.published):
-        await turn()
-    old.dump = last_dump
     while not hanging.supervisor.incidents:
         await turn()
     assert hanging.supervisor.incidents[0].traceback == told
