@@ -240,14 +240,18 @@ def take_on_demand(reader: int, orders: int, writer: int, maxsize: int) -> None:
     asyncio.run(main())
 
 
-def count_up(writer: int, number: int) -> None:
-    """Send 0, 1, 2 … as fast as they go."""
+def count_up(writer: int, allowed: int, number: int, burst: int) -> None:
+    """Send 0, 1, 2 … as fast as they go, a burst at a time as it is allowed."""
 
     async def main() -> None:
         queue: AsyncQueue[int] = AsyncQueue.from_writer(writer)
+        permits: AsyncQueue[None] = AsyncQueue.from_reader(allowed)
         for item in range(number):
+            if item % burst == 0:
+                await permits.get()
             await queue.put(item)
         await queue.aclose()
+        permits.close()
 
     asyncio.run(main())
 

@@ -158,6 +158,14 @@ async def turn() -> None:
     await turned.wait()
 
 
+async def workers_heard(manager: Any, number: int) -> set[int]:
+    """Collect until so many workers have delivered, and return their ids."""
+    heard: set[int] = set()
+    while len(heard) < number:
+        heard |= {batch.worker_id for batch in await manager.collect()}
+    return heard
+
+
 class Modelled(Worker):
     """Delivers the weights that its model has, as the default ``load_weights`` filled it.
 

@@ -286,18 +286,23 @@ async def test_a_cancelled_put_is_either_done_or_not():
 @bounded(100)
 async def test_a_get_that_times_out_as_an_item_arrives_loses_nothing():
     """With deadlines of 0 and next to 0, every item of a busy process is got once, in order."""
-    got, timed_out = [], 0
+    got, timed_out, burst = [], 0, 100
     queue: AsyncQueue[int] = AsyncQueue()
-    with process(ipc_helpers.count_up, queue.detach_writer(), numbers=(20_000,)) as child:
+    permits: AsyncQueue[None] = AsyncQueue()
+    fds = queue.detach_writer(), permits.detach_reader()
+    with process(ipc_helpers.count_up, *fds, numbers=(20_000, burst)) as child:
         for deadline in range(10**9):
             try:
                 got.append(await queue.get(timeout=(0, 1e-6, 1e-4)[deadline % 3]))
             except QueueTimeout:
                 timed_out += 1
+                if len(got) == burst * permits.writer.sent < 20_000:
+                    await permits.put(None)  # it is waiting, so each burst meets a getter
             except QueueEnded:
                 break
         assert await end_of(child) == 0
     queue.close()
+    permits.close()
     assert got == list(range(20_000))
     assert timed_out > 100
 

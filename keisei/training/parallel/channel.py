@@ -378,7 +378,8 @@ class Channel:
             phase=failed.phase if failed is not None else status.phase.name.lower(),
             version=status.version,
             experiences_lost=max(0, status.begun - self.received),
-            commands_lost=len(self._pending) - len(self._unpacking),
+            # A reply that is being unpacked is not lost; its command may have been given up.
+            commands_lost=max(0, len(self._pending) - len(self._unpacking)),
             last_command=self._commands.get(status.command) if status.command else None,
             rss=status.rss,
         )

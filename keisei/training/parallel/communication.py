@@ -172,10 +172,11 @@ class WorkerCommunicator:
             WorkerLost: A worker died before it answered.
             CommandTimeout: A worker did not answer in time.
         """
+        channels = self._chosen(worker_ids)  # now: a successor was not asked
         payload = await self._pickled(data, f"the data of command {command!r}")
         sequence = next(self._sequence)
         message = messages.Command(sequence, command, payload)
-        return await self.request(sequence, command, message, worker_ids, timeout)
+        return await self._request(channels, sequence, command, message, timeout)
 
     @staticmethod
     async def _pickled(data: Any, what: str) -> bytes:
@@ -186,30 +187,36 @@ class WorkerCommunicator:
     async def pause(self, worker_ids: Iterable[int], timeout: float | None = None) -> None:
         """Return when the workers stand still; errors as in ``send_control_command``."""
         sequence = next(self._sequence)
-        await self.request(sequence, "pause", messages.Pause(sequence), worker_ids, timeout)
+        channels = self._chosen(worker_ids)
+        await self._request(channels, sequence, "pause", messages.Pause(sequence), timeout)
 
-    async def request(
-        self,
-        sequence: int,
-        name: str,
-        message: Any,
-        worker_ids: Iterable[int] | None,
-        timeout: float | None,
-    ) -> dict[int, Any]:
-        """Send one frame to several workers and gather their answers."""
+    def _chosen(self, worker_ids: Iterable[int] | None) -> dict[int, Channel]:
+        """Return the processes that are there now."""
         chosen = sorted(self.channels) if worker_ids is None else list(dict.fromkeys(worker_ids))
         unknown = [worker_id for worker_id in chosen if worker_id not in self.channels]
         if unknown:
             raise ValueError(f"no such worker: {unknown}; there are {sorted(self.channels)}")
+        return {worker_id: self.channels[worker_id] for worker_id in chosen}
+
+    async def _request(
+        self,
+        channels: Mapping[int, Channel],
+        sequence: int,
+        name: str,
+        message: Any,
+        timeout: float | None,
+    ) -> dict[int, Any]:
+        """Send one frame to several workers and gather their answers."""
         limit = self.timeout if timeout is None else timeout
 
-        def ask(worker_id: int) -> Coroutine[Any, Any, Any]:
-            return self.channels[worker_id].request(sequence, name, message, limit)
+        def ask(channel: Channel) -> Coroutine[Any, Any, Any]:
+            return channel.request(sequence, name, message, limit)
 
-        if len(chosen) == 1:
-            return {chosen[0]: await ask(chosen[0])}
-        answers = await asyncio.gather(*map(ask, chosen), return_exceptions=True)
-        return _replies(dict(zip(chosen, answers, strict=True)))
+        if len(channels) == 1:
+            ((worker_id, channel),) = channels.items()
+            return {worker_id: await ask(channel)}
+        answers = await asyncio.gather(*map(ask, channels.values()), return_exceptions=True)
+        return _replies(dict(zip(channels, answers, strict=True)))
 
     # weights
 

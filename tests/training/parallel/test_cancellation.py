@@ -173,7 +173,7 @@ async def test_start_cancelled_at_any_turn_leaves_nothing(make_manager, backend)
                     started = True
                 await manager.stop()
             del manager
-    assert started == (backend == "inline")
+    assert started or backend == "local"
 
 
 @BACKENDS

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from functools import partial
 
 import pytest
 import torch
 
 import pool_workers
+from keisei.events import WorkerReady
 from keisei.exceptions import CommandError, CommandTimeout, SerializationError, WorkerLost
 from keisei.testing.failpoints import Failpoint, Gate, armed, exit_now, kill
-from keisei.testing.scenarios import fail_after
+from keisei.testing.scenarios import fail_after, next_event
 
 BACKENDS = pytest.mark.parametrize("backend", ["local", "inline"])
 WORKERS = pytest.mark.parametrize(
@@ -228,11 +230,14 @@ async def test_a_late_answer_is_dropped(make_manager):
     with Gate() as gate:
         worker = armed(pool_workers.Counting, Failpoint("on_command", gate.hold, worker_id=1))
         async with fail_after(30), make_manager(worker) as manager:
+            asking = asyncio.create_task(manager.send_command("echo", "first", worker_ids=[1]))
+            held = await gate.visitor()
             with pytest.raises(
                 CommandTimeout, match=r"worker 1 did not answer 'echo' within 0.1 s; it is in comm"
             ):
                 await manager.send_command("echo", "early", worker_ids=[1], timeout=0.1)
-            (await gate.visitor()).release()
+            held.release()
+            assert await asking == {1: "first"}
             assert await manager.send_command("echo", "late") == {0: "late", 1: "late"}
             assert manager.incidents == ()
 
@@ -277,6 +282,34 @@ async def test_a_worker_that_dies_with_large_commands_on_their_way_loses_all(mak
             os.kill(held.pid, signal.SIGKILL)
             answers = await asyncio.gather(*asking, return_exceptions=True)
             assert [type(answer) for answer in answers] == [WorkerLost] * 3
+
+
+class HeldInPickling:
+    """Cannot be pickled before the test lets it."""
+
+    def __init__(self):
+        self.go_on = threading.Event()
+
+    def __reduce__(self):
+        assert self.go_on.wait(60)
+        return (int, ())
+
+
+async def test_a_command_never_reaches_a_successor(make_manager):
+    """A worker that dies while the data are being pickled has lost the command."""
+    manager = make_manager(pool_workers.Counting, num_workers=1)
+    events = manager.events()
+    async with fail_after(60), manager:
+        await next_event(events, WorkerReady)
+        held = HeldInPickling()
+        asking = asyncio.create_task(manager.send_command("echo", [bytes(3_000_000), held]))
+        await asyncio.wait([asking], timeout=0.05)
+        os.kill(manager.workers[0].pid, signal.SIGKILL)
+        await next_event(events, WorkerReady)
+        held.go_on.set()
+        with pytest.raises(WorkerLost):
+            await asking
+        assert await manager.send_command("echo", 1) == {0: 1}
 
 
 async def test_a_cancelled_command_leaves_the_others_alone(make_manager):

@@ -275,8 +275,10 @@ async def test_a_user_error_has_its_traceback(make_manager):
 async def test_killing_from_outside_is_named_by_its_signal(make_manager):
     """SIGKILL, SIGTERM and a real-time signal are told apart."""
     manager = make_manager(pool_workers.Counting, mode="sync")
+    events = manager.events()
     async with fail_after(30), manager:
         for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGABRT):
+            await next_event(events, ev.WorkerReady, lambda event: event.worker_id == 1)
             await manager.collect()
             os.kill(manager.workers[1].pid, number)
             await manager.collect()
@@ -375,6 +377,8 @@ async def test_two_managers_know_nothing_of_each_other(make_manager):
         assert {batch.num_steps for batch in b} == {5}
         pids = {info.pid for info in (*first.workers, *second.workers)}
         assert len(pids) == 4
+        while not second.incidents:
+            await second.collect()
         assert first.incidents == ()
         assert len(second.incidents) == 1
     assert ours.of(ev.WorkerIncident) == []

@@ -109,14 +109,14 @@ async def test_pacing_gives_way_to_somebody_who_waits(make_manager):
 
 async def test_stale_batches_are_dropped_and_counted(make_manager):
     """With "drop" nothing older than max_staleness is delivered, and every loss is counted."""
-    config = {"max_staleness": 1, "staleness_policy": "drop", "max_queue_size": 4}
+    model = torch.nn.Linear(1, 1)
+    config = {"max_staleness": 1, "staleness_policy": "drop", "max_queue_size": 4, "model": model}
     async with fail_after(30), make_manager(pool_workers.Counting, **config) as manager:
-        await manager.push_weights(WEIGHTS)
-        while manager.stats().num_queued < 8:
+        while manager.stats().num_queued < 8:  # all of them with the first weights
             await manager.send_command("number")
-        await manager.push_weights(WEIGHTS)
+        await manager.push_weights(model)
         assert [batch.staleness for batch in await manager.collect(min_steps=2)] == [1, 1]
-        await manager.push_weights(WEIGHTS)
+        await manager.push_weights(model)
         batches = await manager.collect(min_steps=8)
         assert len(batches) == 8
         assert max(batch.staleness for batch in batches) <= 1

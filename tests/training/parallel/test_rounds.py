@@ -198,8 +198,13 @@ async def test_experiences_iterates_round_by_round(make_manager):
 async def test_a_recycled_worker_leaves_no_gap_in_the_rounds(make_manager):
     """Workers that are replaced on purpose after each two experiences miss no round."""
     config = {"mode": "sync", "max_experiences_per_worker": 2}
-    async with fail_after(30), make_manager(pool_workers.Counting, **config) as manager:
+    manager = make_manager(pool_workers.Counting, **config)
+    events = manager.events()
+    async with fail_after(30), manager:
         for number in range(8):
+            if number % 2 == 0:  # a round begins with those that are ready
+                for _ in range(2):
+                    await next_event(events, WorkerReady)
             batches = await manager.collect()
             assert [batch.worker_id for batch in batches] == [0, 1]
             assert [batch.incarnation for batch in batches] == [number // 2] * 2

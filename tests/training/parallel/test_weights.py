@@ -195,6 +195,9 @@ async def test_the_first_weights_may_be_pushed_while_a_worker_is_replaced(make_m
             assert await manager.push_weights({"w": torch.zeros(1)}, wait=True) == 2
             while manager.stats().num_ready < 2:
                 await manager.collect()
+            async for batch in manager.experiences():
+                if (batch.worker_id, batch.weights_version) == (0, 2):
+                    break
             assert await manager.send_command("version") == {0: 2, 1: 2}
 
 
@@ -215,8 +218,9 @@ async def test_weights_that_kill_their_workers_are_withdrawn(make_manager):
         assert {incident.worker_id for incident in manager.incidents} == {0, 1, 2}
         assert manager.weights_version == 3
         assert await manager.push_weights({"w": torch.ones(2)}, wait=True) == 4
-        while manager.stats().num_ready < 3:
-            await manager.collect()
+        newest: dict[int, int] = {}
+        while newest != {0: 4, 1: 4, 2: 4}:
+            newest |= {batch.worker_id: batch.weights_version for batch in await manager.collect()}
         assert await manager.send_command("version") == {0: 4, 1: 4, 2: 4}
 
 
