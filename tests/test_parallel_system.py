@@ -475,11 +475,12 @@ class TestFailureScenarios:
 
     async def test_a_start_that_hangs_is_ended_in_time(self, make_manager):
         """start_timeout bounds factory, imports and setup; the policy decides what follows."""
-        worker = armed(pool_workers.Counting, Failpoint("setup", hang, worker_id=1))
-        async with fail_after(30), make_manager(worker, start_timeout=2.0) as manager:
-            assert [info.incarnation for info in manager.workers] == [0, 1]
-            (incident,) = manager.incidents
-            assert (incident.worker_id, incident.phase) == (1, "start")
+        with Gate() as gate:
+            worker = armed(pool_workers.Counting, Failpoint("setup", gate.hold, worker_id=1))
+            async with fail_after(60), make_manager(worker, start_timeout=4.0) as manager:
+                assert [info.incarnation for info in manager.workers] == [0, 1]
+                (incident,) = manager.incidents
+                assert (incident.worker_id, incident.phase) == (1, "start")
 
     async def test_waits_end_at_their_deadline(self, make_manager):
         """collect, send_command, pause and push_weights: an error of their own, nothing lost."""

@@ -14,6 +14,9 @@ T = TypeVar("T")
 
 HURRIED_GRACE = 2.0
 KILL_GRACE = 2.0
+_TURNS = 3
+"""Turns of the loop after a grace, in which what came in the last one of it is noticed: a loop that
+stood still finds the end of a process and the end of its grace in the same turn."""
 
 
 async def end(
@@ -59,6 +62,9 @@ async def within(
         if not waited_for.done() and hurried.done():
             rest = min(deadline - loop.time(), HURRIED_GRACE)
             await asyncio.wait([waited_for], timeout=max(0.0, rest))
+        for _ in range(_TURNS):
+            if not waited_for.done():
+                await anyio.lowlevel.checkpoint()
         return waited_for.done()
     finally:
         for task in (waited_for, hurried):

@@ -190,7 +190,6 @@ async def test_a_foreign_thread_may_ask_for_the_end(make_manager):
     async with fail_after(LIMIT), make_manager(pool_workers.Counting) as manager:
         loop = asyncio.get_running_loop()
         await manager.pause()
-        await manager.collect()
         thread = threading.Thread(target=loop.call_soon_threadsafe, args=(manager.request_stop,))
         thread.start()
         async for _ in manager.experiences():

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from functools import partial
-from multiprocessing import connection
 
 import pytest
 
@@ -42,18 +41,21 @@ def failing(fault, worker=pool_workers.Counting, *, place="collect", hit=2):
 
 async def test_a_stop_that_ends_before_the_deadline_is_no_hang(make_manager):
     """SIGSTOP, then SIGCONT once the worker is suspected: it is heard again, and nobody dies."""
-    worker = failing(failpoints.stop)
+    stopping = Failpoint("collect", failpoints.stop, worker_id=1, hit=2)
     async with (
         fail_after(LIMIT),
-        watched(make_manager(worker, collect_timeout=3.0)) as (manager, events),
+        watched(make_manager(armed(pool_workers.Counting), collect_timeout=3.0)) as (
+            manager,
+            events,
+        ),
     ):
+        await manager.send_command(failpoints.ARM, [stopping], worker_ids=[1])
         collecting = asyncio.create_task(manager.collect(min_steps=1000))
         suspected = await next_event(events, WorkerSuspected)
         assert (suspected.worker_id, suspected.phase) == (1, "collect")
         os.kill(manager.workers[1].pid, signal.SIGCONT)
         check_order(await collecting)
-        more = await manager.collect(min_steps=1000)
-        assert {batch.worker_id for batch in more} == {0, 1}
+        assert await pool_workers.workers_heard(manager, 2) == {0, 1}
         assert manager.incidents == ()
 
 
@@ -70,7 +72,7 @@ async def test_a_stopped_worker_is_killed_at_the_deadline(make_manager, start_me
 async def test_a_worker_stopped_before_it_is_ready_is_killed_and_replaced(make_manager):
     """SIGSTOP at the start runs into ``start_timeout`` like any other hang."""
     worker = failing(failpoints.stop, place="setup", hit=1)
-    async with fail_after(LIMIT), make_manager(worker, start_timeout=1.0) as manager:
+    async with fail_after(LIMIT), make_manager(worker, start_timeout=4.0) as manager:
         assert kinds(manager.incidents) == [(1, 0, ExitCause.HANG)]
         assert manager.incidents[0].phase == "start"
         assert "process state 'T'" in manager.incidents[0].detail
@@ -206,7 +208,7 @@ async def test_a_process_that_cannot_be_killed_is_abandoned(
     kill, kept = LocalProcess.kill, []
     worker = failing(fault_workers.ignore_signals_and_hang, hit=1)
     async with fail_after(LIMIT):
-        async with make_manager(worker, shutdown_timeout=0.2) as manager:
+        async with make_manager(worker, shutdown_timeout=2.0) as manager:
             events = manager.events()
             victim = manager.workers[1].pid
             pidfd = os.pidfd_open(victim)
@@ -227,7 +229,8 @@ async def test_a_process_that_cannot_be_killed_is_abandoned(
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     os.close(pidfd)
     (process,) = set(kept)
-    connection.wait([process._sentinel])  # whoever abandons a process leaves the rest to its end
+    while os.path.exists(f"/proc/{victim}"):  # noqa: ASYNC240, PTH110 - it waits for nothing
+        await pool_workers.turn()  # whoever abandons a process leaves the rest to its end
     process._process.aio_process.join()
     process._process.close()
 

@@ -148,16 +148,18 @@ async def test_one_bad_slot_is_given_up_and_the_others_train(make_manager):
 async def test_a_bad_slot_escalates_where_it_must(make_manager):
     """With ``raise`` the same ends the pool, and the error lists the failures of that slot."""
     worker = always(failpoints.kill, worker_id=1)
-    async with fail_after(LIMIT), make_manager(worker, restart=THREE) as manager:
+    async with fail_after(LIMIT):
         with pytest.raises(PoolExhausted) as caught:
-            await collect_for_ever(manager)
-        assert kinds(caught.value.incidents) == [(1, n, ExitCause.SIGNAL) for n in range(4)]
-        assert "worker 1 (incarnation 3) ended by signal" in str(caught.value)
+            await collect_for_ever(make_manager(worker, restart=THREE))
+    assert kinds(caught.value.incidents) == [(1, n, ExitCause.SIGNAL) for n in range(4)]
+    assert "worker 1 (incarnation 3) ended by signal" in str(caught.value)
 
 
 async def collect_for_ever(manager):
-    while True:
-        await manager.collect()
+    """Run the pool to its end, which may come before all workers are ready."""
+    async with manager:
+        while True:
+            await manager.collect()
 
 
 async def test_fewer_than_min_workers_escalates(make_manager):
@@ -168,10 +170,11 @@ async def test_fewer_than_min_workers_escalates(make_manager):
         "min_workers": 2,
     }
     worker = always(failpoints.kill, worker_id=1)
-    async with fail_after(LIMIT), make_manager(worker, **config) as manager:
+    manager = make_manager(worker, **config)
+    async with fail_after(LIMIT):
         with pytest.raises(PoolExhausted, match=r"fewer than min_workers \(2\)"):
             await collect_for_ever(manager)
-        assert kinds(manager.incidents) == [(1, 0, ExitCause.SIGNAL)]
+    assert kinds(manager.incidents) == [(1, 0, ExitCause.SIGNAL)]
 
 
 async def test_an_observer_that_raises_is_removed(make_manager):

@@ -14,7 +14,7 @@ from fault_helpers import LIMIT, crashing, next_incident, watched
 from keisei.events import ExitCause
 from keisei.exceptions import CommandError, SerializationError
 from keisei.testing import failpoints
-from keisei.testing.failpoints import Failpoint, armed
+from keisei.testing.failpoints import Failpoint, Gate, armed
 from keisei.testing.scenarios import fail_after
 
 UNPICKLABLE = ["TypeError", "SystemExit", "CancelledError", "Speechless", "NotAnException"]
@@ -141,15 +141,22 @@ async def test_a_large_reply_does_not_block_the_loop(make_manager):
 
 async def test_a_large_last_answer_is_an_answer(make_manager):
     """What a worker has answered whole counts, though it died before the answer was unpacked."""
-    faults = Failpoint("committed", failpoints.kill, worker_id=0)
-    worker = armed(fault_workers.Replying, faults)
-    async with fail_after(LIMIT), watched(make_manager(worker, mode="sync")) as (manager, events):
-        asked = asyncio.create_task(manager.send_command("large", 32 << 20, worker_ids=[0]))
-        collecting = asyncio.create_task(manager.collect())
-        assert len((await asked)[0]) == 32 << 20
-        await next_incident(events)
-        await collecting
-        assert manager.incidents[0].commands_lost == 0
+    with Gate() as gate:
+        faults = [
+            Failpoint("on_command", gate.hold, worker_id=0),
+            Failpoint("committed", failpoints.kill, worker_id=0),
+        ]
+        manager = make_manager(armed(fault_workers.Replying, *faults), mode="sync")
+        async with fail_after(LIMIT), watched(manager) as (manager, events):
+            asked = asyncio.create_task(manager.send_command("large", 32 << 20, worker_ids=[0]))
+            held = await gate.visitor()
+            collecting = asyncio.create_task(manager.collect())
+            await pool_workers.turn()
+            held.release()
+            assert len((await asked)[0]) == 32 << 20
+            await next_incident(events)
+            await collecting
+            assert manager.incidents[0].commands_lost == 0
 
 
 async def test_a_tensor_in_a_command_is_a_copy(make_manager):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import backend_workers
 import fault_workers
 import pool_workers
 from fault_helpers import (
@@ -103,10 +104,11 @@ async def test_a_restart_that_raises_counts_to_the_budget(make_manager):
     error = partial(fault_workers.throw_named, "Frozen")
     worker = armed(
         pool_workers.Counting,
-        Failpoint("collect", failpoints.kill, worker_id=1),
         *(Failpoint("setup", error, worker_id=1, incarnation=number) for number in range(1, 9)),
     )
+    killing = Failpoint("collect", failpoints.kill, worker_id=1)
     async with fail_after(LIMIT), make_manager(worker, restart=restart) as manager:
+        await manager.send_command(failpoints.ARM, [killing], worker_ids=[1])
         with pytest.raises(PoolExhausted) as caught:
             async for _ in manager.experiences():
                 pass
@@ -169,7 +171,7 @@ async def test_a_crash_while_unpickling_does_not_block_the_start(
 async def test_a_hang_in_setup_is_killed_and_tried_again(make_manager, how):
     """``start_timeout`` ends a start that hangs, in whatever way; the second one serves."""
     worker = armed(pool_workers.Counting, Failpoint("setup", how))
-    async with fail_after(LIMIT), make_manager(worker, num_workers=1, start_timeout=1.0) as manager:
+    async with fail_after(LIMIT), make_manager(worker, num_workers=1, start_timeout=4.0) as manager:
         (batch, *_) = await manager.collect()
         assert batch.incarnation == 1
         assert kinds(manager.incidents) == [(0, 0, ExitCause.HANG)]
@@ -181,7 +183,7 @@ async def test_a_hang_in_the_constructor_is_killed_and_tried_again(make_manager,
     """A factory that does not return is a hang of the start, and the next try may succeed."""
     config = {
         "num_workers": 1,
-        "start_timeout": 20.0 if start_method == "spawn" else 3.0,
+        "start_timeout": 20.0 if start_method == "spawn" else 5.0,
         "start_method": start_method,
     }
     with Gate() as gate:
@@ -238,7 +240,7 @@ async def test_a_stop_before_the_process_exists(make_manager):
     """stop() at the very moment of the start is heard before, or after, the process is made."""
     async with fail_after(LIMIT):
         for turns in range(1, 13):
-            manager = make_manager(pool_workers.Counting)
+            manager = make_manager(backend_workers.HangsInSetup)
             starting = asyncio.create_task(manager.start())
             for _ in range(turns):
                 await pool_workers.turn()

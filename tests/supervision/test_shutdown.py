@@ -154,6 +154,24 @@ async def test_work_that_fails_is_done():
     assert await within(fail(), FOREVER)
 
 
+async def test_an_end_that_is_seen_together_with_the_end_of_the_grace_counts():
+    """A loop that stood still meanwhile finds both in one turn."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    async def wait():
+        await asyncio.shield(ended)
+
+    def stand_still():
+        until = loop.time() + 0.05
+        while loop.time() < until:
+            pass
+
+    loop.call_later(0.02, ended.set_result, None)
+    loop.call_soon(loop.call_soon, stand_still)
+    assert await within(wait(), 0.02)
+
+
 # to_completion
 
 

@@ -379,10 +379,13 @@ class Channel:
             version=status.version,
             experiences_lost=max(0, status.begun - self.received),
             # A reply that is being unpacked is not lost; its command may have been given up.
-            commands_lost=max(0, len(self._pending) - len(self._unpacking)),
+            commands_lost=max(0, self._num_unanswered() - len(self._unpacking)),
             last_command=self._commands.get(status.command) if status.command else None,
             rss=status.rss,
         )
+
+    def _num_unanswered(self) -> int:
+        return sum(not future.done() for _, future in self._pending.values())
 
     def lose(self, error: WorkerLost) -> None:
         """Fail everybody who still waits for this incarnation, and close the queues."""

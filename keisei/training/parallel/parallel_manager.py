@@ -333,6 +333,8 @@ class ParallelManager:
             is_finite = await asyncio.to_thread(_is_finite, tensors)
         version = await pool.communicator.send_model_weights(tensors)
         self._count_push(pool, version, tensors, is_finite=is_finite)
+        for worker_id in pool.ready:  # where to find weights is told, so they are loaded now
+            pool.supervisor.expect_progress(worker_id)
         return version
 
     def _count_push(
