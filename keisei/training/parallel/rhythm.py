@@ -17,7 +17,7 @@ class Rhythm:
 
     A frame that wakes a sleeping process up costs its sender ten times one that does not, and the
     process that is woken several times what it does about the frame. So the queue of a worker that
-    delivers every other millisecond, and has work for a while, is looked at in ticks: several
+    delivers every millisecond, and has work for a while, is looked at in ticks: several
     frames are read at once and none of them wakes anybody. Network drivers do the same (Salim et
     al., "Beyond Softnet", 2001).
     """
