@@ -477,7 +477,7 @@ class TestFailureScenarios:
         """start_timeout bounds factory, imports and setup; the policy decides what follows."""
         with Gate() as gate:
             worker = armed(pool_workers.Counting, Failpoint("setup", gate.hold, worker_id=1))
-            async with fail_after(60), make_manager(worker, start_timeout=4.0) as manager:
+            async with fail_after(30), make_manager(worker, start_timeout=4.0) as manager:
                 assert [info.incarnation for info in manager.workers] == [0, 1]
                 (incident,) = manager.incidents
                 assert (incident.worker_id, incident.phase) == (1, "start")

@@ -367,6 +367,15 @@ async def warm_again(make_manager) -> None:
         assert launch.server.pid is not None
 
 
+async def stop_while_starting(manager: Any, held: Held) -> None:
+    """Stop the pool once the thread of a start runs."""
+    starting = asyncio.create_task(manager.start())
+    await asyncio.to_thread(held.begun.wait)
+    await manager.stop()
+    with pytest.raises(ManagerStateError, match="stopped while it was starting"):
+        await starting
+
+
 async def test_a_pool_that_is_stopped_while_its_server_imports(make_manager, monkeypatch):
     """It stops within its grace, and nothing is left."""
     held = Held(monkeypatch)
@@ -375,11 +384,7 @@ async def test_a_pool_that_is_stopped_while_its_server_imports(make_manager, mon
         blocking_import.Unreachable, num_workers=2, shutdown_timeout=0.2, start_timeout=1000.0
     )
     async with fail_after(LIMIT):
-        starting = asyncio.create_task(manager.start())
-        await asyncio.to_thread(held.begun.wait)
-        await manager.stop()
-        with pytest.raises(ManagerStateError, match="stopped while it was starting"):
-            await starting
+        await stop_while_starting(manager, held)
     assert launch.server.pid is None
     assert manager.incidents == ()
     await warm_again(make_manager)
@@ -392,11 +397,7 @@ async def test_a_start_that_asks_after_its_abort_brings_no_server(make_manager, 
         blocking_import.Unreachable, num_workers=2, shutdown_timeout=0.1, start_timeout=1000.0
     )
     async with fail_after(LIMIT):
-        starting = asyncio.create_task(manager.start())
-        await asyncio.to_thread(held.begun.wait)
-        await manager.stop()
-        with pytest.raises(ManagerStateError, match="stopped while it was starting"):
-            await starting
+        await stop_while_starting(manager, held)
         held.go_on.set()
         for thread in threading.enumerate():
             if thread.name.startswith("keisei-start"):

@@ -145,6 +145,7 @@ async def test_training_goes_on_while_workers_crash_and_stall(make_manager, lear
         await manager.pause()
         while [info.state for info in manager.workers] != ["running"] * 4:
             await next_event(events, WorkerReady)
+        assert manager.is_healthy
         incarnations = {info.worker_id: info.incarnation for info in manager.workers}
         stats, incidents = manager.stats(), manager.incidents
     assert manager.incidents == incidents

@@ -27,7 +27,7 @@ from keisei.backends.local import LocalProcess
 from keisei.events import ExitCause, WorkerExited, WorkerSuspected
 from keisei.exceptions import CommandTimeout, WorkerLost
 from keisei.supervision import shutdown
-from keisei.testing import failpoints
+from keisei.testing import failpoints, leaks
 from keisei.testing.failpoints import Failpoint, Gate, armed
 from keisei.testing.scenarios import fail_after, next_event
 
@@ -42,13 +42,8 @@ def failing(fault, worker=pool_workers.Counting, *, place="collect", hit=2):
 async def test_a_stop_that_ends_before_the_deadline_is_no_hang(make_manager):
     """SIGSTOP, then SIGCONT once the worker is suspected: it is heard again, and nobody dies."""
     stopping = Failpoint("collect", failpoints.stop, worker_id=1, hit=2)
-    async with (
-        fail_after(LIMIT),
-        watched(make_manager(armed(pool_workers.Counting), collect_timeout=3.0)) as (
-            manager,
-            events,
-        ),
-    ):
+    manager = make_manager(armed(pool_workers.Counting), collect_timeout=3.0)
+    async with fail_after(LIMIT), watched(manager) as (manager, events):
         await manager.send_command(failpoints.ARM, [stopping], worker_ids=[1])
         collecting = asyncio.create_task(manager.collect(min_steps=1000))
         suspected = await next_event(events, WorkerSuspected)
@@ -229,7 +224,7 @@ async def test_a_process_that_cannot_be_killed_is_abandoned(
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     os.close(pidfd)
     (process,) = set(kept)
-    while os.path.exists(f"/proc/{victim}"):  # noqa: ASYNC240, PTH110 - it waits for nothing
+    while victim in leaks.children():
         await pool_workers.turn()  # whoever abandons a process leaves the rest to its end
     process._process.aio_process.join()
     process._process.close()
