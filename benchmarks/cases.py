@@ -41,10 +41,12 @@ class Throughput(Case):
 class Bandwidth(Case):
     """Batches of one array of ``num_bytes``, from one worker to the learner.
 
-    ``warmup_batches`` are enough to have touched every page that will be used again.
+    ``warmup_batches`` are enough to have touched every page that will be used again. The worker
+    sleeps for ``interval`` before each.
     """
 
     num_bytes: int = MB
+    interval: float = 0.0
     seconds: float = 2.0
     warmup: float = 0.3
     warmup_batches: int = 12

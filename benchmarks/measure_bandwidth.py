@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.cases import KB, MB, Bandwidth
 from benchmarks.plan import OURS, Chart, Measurement, Metric, System
 from benchmarks.systems import GIGABYTES, LEARNER, MEMCPY, QUEUE, QUEUE_GZIP, RAY
-from benchmarks.targets import Target, growth, of_limit
+from benchmarks.targets import Target, of_limit
 
 SIZES = {
     "4 KB": 4 * KB,
@@ -20,8 +20,6 @@ SIZES = {
 }
 QUICK = ("4 KB", "64 KB", "1 MB", "16 MB")
 SLOW = frozenset(label for label, size in SIZES.items() if size <= 16 * MB)
-FLAT = 2.0
-"""The learner's cost per batch may double from 4 KB to 16 MB; copying would make it 1,000 times."""
 
 
 def measurement(quick: bool) -> Measurement:
@@ -49,11 +47,6 @@ def measurement(quick: bool) -> Measurement:
         quick_systems=(MEMCPY, OURS),
         targets=(
             Target("of memcpy above 1 MB", of_limit(MEMCPY, "gb_per_s", large), at_least=0.8),
-            Target(
-                "learner's cost per batch, 16 MB / 4 KB (zero copy)",
-                growth("learner_us_per_batch", "4 KB", "16 MB"),
-                at_most=FLAT,
-            ),
         ),
         charts=(
             Chart("gb_per_s", lambda case: case.num_bytes, "bytes per batch"),

@@ -12,6 +12,7 @@ NAMES = (
     "cartpole_mlp",
     "shogi",
     "bandwidth",
+    "zero_copy",
     "weights",
     "torn_reads",
     "staleness",

@@ -41,7 +41,7 @@ class RolloutWorker(Worker):
 
 
 class ArrayWorker(Worker):
-    """Returns the same array again and again."""
+    """Returns the same array again and again, at the pace of its case."""
 
     def __init__(self, case: Bandwidth) -> None:
         """Keep the case."""
@@ -54,6 +54,8 @@ class ArrayWorker(Worker):
 
     def collect(self) -> Experience:
         """Return the array as one step."""
+        if self._case.interval:
+            time.sleep(self._case.interval)
         return Experience({"obs": self._array}, num_steps=1)
 
 

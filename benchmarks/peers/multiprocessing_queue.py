@@ -85,6 +85,8 @@ def _bandwidth(case: Bandwidth, *, compress: bool) -> Metrics:
 def _repeat_array(case: Bandwidth, batches: Any, compress: bool) -> None:
     array = np.random.default_rng(0).integers(0, 256, (1, case.num_bytes), dtype=np.uint8)
     while True:
+        if case.interval:
+            time.sleep(case.interval)
         batches.put(_pack({"obs": array}, compress=compress))
 
 
