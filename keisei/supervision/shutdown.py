@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import anyio
 
 from keisei.supervision.process import ProcessHandle
+
+with contextlib.suppress(ImportError):  # it is a private module, whose place may change
+    # Else anyio imports it at its first use, in the event loop, which stands still for 40 ms.
+    import anyio._backends._asyncio
 
 T = TypeVar("T")
 

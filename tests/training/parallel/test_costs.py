@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections import Counter
 
 import torch
@@ -116,3 +119,33 @@ async def test_a_command_costs_one_frame_each_way(make_manager):
     assert calls["socket.sendmsg"] == 50
     assert system_calls(calls) <= 4.2 * 50
     assert counter.num_python <= 130 * 50
+
+
+def test_a_pool_imports_nothing_in_the_event_loop():
+    """An import blocks the loop for as long as it takes; all of them come with the manager."""
+    program = """
+        import asyncio, sys
+        import torch
+        from keisei import ParallelManager
+        from keisei.testing.puppet import Puppet
+
+        async def main():
+            before = set(sys.modules)
+            async with ParallelManager(Puppet, config={"num_workers": 1}) as manager:
+                await manager.collect()
+                await manager.push_weights({"weight": torch.zeros(1)}, wait=True)
+                await manager.send_command("call", (len, ""))
+                await manager.pause()
+            print(sorted(set(sys.modules) - before))
+
+        if __name__ == "__main__":
+            asyncio.run(main())
+    """
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
