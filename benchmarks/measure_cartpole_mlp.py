@@ -20,6 +20,7 @@ from benchmarks.systems import (
 from benchmarks.targets import Target, ahead_of, of_limit
 
 OWN = "keisei, its own ActorCritic"
+SHARED = "keisei, the peers' rollout loop"
 CASE = "2 x 8 environments"
 LONG = "2 x 8 environments, rollouts of 128 steps"
 TARGETS = (
@@ -44,6 +45,7 @@ SYSTEMS = (
     System(BARE, "limit", "limits.bare_loops:throughput"),
     System(OURS, "ours", "ours.data:throughput_gymnasium"),
     System(OWN, "ours", "ours.data:throughput_own_policy"),
+    System(SHARED, "ours", "ours.data:throughput"),
     System(
         TORCHRL_SYNC, "peer", "peers.torchrl_collectors:throughput_sync", cases=frozenset([CASE])
     ),
