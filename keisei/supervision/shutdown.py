@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-import anyio
+import anyio.lowlevel
 
 from keisei.supervision.process import ProcessHandle
 

@@ -310,8 +310,7 @@ class ParallelManager:
             if version is None:
                 version = await to_completion(self._publish_weights(pool, tensors))
         if wait:
-            for worker_id in pool.ready:
-                pool.supervisor.expect_progress(worker_id)
+            pool.expect_progress()
             await pool.communicator.wait_applied(version, list(pool.ready), timeout)
             pool.raise_poisoned()
         else:
@@ -333,8 +332,7 @@ class ParallelManager:
             is_finite = await asyncio.to_thread(_is_finite, tensors)
         version = await pool.communicator.send_model_weights(tensors)
         self._count_push(pool, version, tensors, is_finite=is_finite)
-        for worker_id in pool.ready:  # where to find weights is told, so they are loaded now
-            pool.supervisor.expect_progress(worker_id)
+        pool.expect_progress()  # where to find weights is told, so they are loaded now
         return version
 
     def _count_push(

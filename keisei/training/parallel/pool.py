@@ -140,6 +140,11 @@ class Pool:
         for channel in self.ready.values():
             self._set_going(channel)
 
+    def expect_progress(self) -> None:
+        """Hear that every ready worker was given something to do."""
+        for worker_id in self.ready:
+            self.supervisor.expect_progress(worker_id)
+
     def _set_going(self, channel: Channel) -> None:
         channel.is_paused = False
         self._send(channel, messages.Resume())
