@@ -123,7 +123,8 @@ class ParallelConfig(_Values, frozen=True):
             then the CPU), one device for all, or one for each worker.
         max_workers_per_gpu: See ``worker_device_map``.
         threads_per_worker: ``torch.set_num_threads`` in each worker.
-        start_timeout: From the start of a process until ``setup`` is done.
+        start_timeout: From the start of a process until ``setup`` is done; the first process
+            waits for the fork server's imports too.
         command_timeout: Default deadline of a command, and of loading weights in a worker.
         collect_timeout: Longest time without progress inside one ``collect``: the hang deadline.
         shutdown_timeout: From the stop frame to SIGTERM; SIGKILL follows a quarter of it later.

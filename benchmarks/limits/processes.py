@@ -133,12 +133,16 @@ def lag(case: Lag) -> Metrics:
     import asyncio
 
     busy = Throughput(work="cartpole", workers=case.workers)
-    with processes(_spin, [(busy, index) for index in range(case.workers)]):
-        time.sleep(2)
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(case.workers)]
+    arguments = [(busy, index, pipe[1]) for index, pipe in enumerate(pipes)]
+    with processes(_spin, arguments):
+        for receive, _ in pipes:
+            receive.recv()
         return asyncio.run(watch_lag(case.seconds))
 
 
-def _spin(case: Throughput, worker_id: int) -> None:
+def _spin(case: Throughput, worker_id: int, pipe: Connection) -> None:
     rollout = make_rollout(case, worker_id)
+    pipe.send("ready")
     while True:
         rollout.collect()

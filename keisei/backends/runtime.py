@@ -35,7 +35,9 @@ _RSS_MASK = 63
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-_NOT_AWAITABLE = frozenset({dict, Experience, type(None)})
+_NOT_AWAITABLE = frozenset(
+    {dict, Experience, type(None), bool, int, float, str, bytes, list, tuple}
+)
 """What hooks nearly always return."""
 
 
@@ -371,8 +373,8 @@ class WorkerRuntime:
 
     async def _call(self, phase: Phase, hook: Callable[..., Any], *args: Any) -> Any:
         """Call a hook, ``def`` or ``async def``, under its phase."""
-        task = asyncio.current_task()
-        beside_a_collect = self._collecting is not None and self._collecting is not task
+        collecting = self._collecting
+        beside_a_collect = collecting is not None and collecting is not asyncio.current_task()
         if beside_a_collect:
             self._status.progress()
         else:
@@ -384,6 +386,7 @@ class WorkerRuntime:
                 result = await self._isolation.drive(result)
             return result
         except BaseException as error:
+            task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise  # from outside, not the hook's own
             raise HookFailed(phase, _without_our_frames(error)) from error

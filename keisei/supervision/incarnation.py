@@ -146,7 +146,8 @@ class Incarnation:
                 self.handle = launching.result()
                 return self.handle
             raise TimeoutError(
-                f"no process within start_timeout ({self._config.start_timeout:g} s)"
+                f"no process within start_timeout ({self._config.start_timeout:g} s), which counts "
+                "the imports of a fresh fork server too"
             )
         finally:
             if self.handle is None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -90,7 +91,7 @@ async def test_a_worker_process_is_prepared(make_manager, start_method):
         "blocked": [],
         "name": "keisei-worker-0.0",
         "parent is alive": True,
-        "start method": None,
+        "start method": multiprocessing.get_start_method(allow_none=True),
         "threads": 1,
         "argv": sys.argv,
         "path": sys.path,

@@ -54,7 +54,7 @@ class Flow:
         self._changed = asyncio.Event()
         self._round: dict[int, Arrival | None] | None = None
         self._rounds_held = 0
-        self._waiting = 0
+        self._wanted: list[int] = []
         self._newest = 0
         self._per_version = config.num_workers
         self._delivered_since_push = 0
@@ -80,7 +80,9 @@ class Flow:
         ):
             self._drop_oldest_of(worker_id)
         self._top_up_one(worker_id)
-        self._changed.set()
+        # Whoever waits for many steps is not woken up for each few of them.
+        if any(wanted <= self._steps_queued for wanted in self._wanted):
+            self._changed.set()
 
     def became_ready(self, channel: Channel) -> None:
         """Give a new process its credits."""
@@ -169,6 +171,7 @@ class Flow:
             is_over: Whether waiting has become pointless.
         """
         demand = 1 if num_steps is None else num_steps
+        wanted = 0 if num_steps is None else num_steps
         self._demand += demand
         try:
             if num_steps is not None or self._is_pacing:  # one experience was granted already
@@ -176,11 +179,11 @@ class Flow:
             while not self._has(num_steps) and not is_over():
                 self._begin_round()
                 self._changed.clear()
-                self._waiting += 1
+                self._wanted.append(wanted)
                 try:
                     await self._changed.wait()
                 finally:
-                    self._waiting -= 1
+                    self._wanted.remove(wanted)
         finally:
             self._demand -= demand
 
@@ -217,7 +220,7 @@ class Flow:
             yield
         finally:
             self._rounds_held -= 1
-            if self._waiting:
+            if self._wanted:
                 self._begin_round()  # now: whoever calls this in a loop leaves no other moment
 
     def take(self, num_steps: int | None = None) -> list[ExperienceBatch]:

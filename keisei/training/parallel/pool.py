@@ -22,7 +22,7 @@ from keisei.ipc.status import StatusLine
 from keisei.supervision.exits import LastWords
 from keisei.supervision.process import ProcessHandle
 from keisei.supervision.supervisor import Supervisor
-from keisei.training.parallel.channel import Arrival, Channel, Listener
+from keisei.training.parallel.channel import Channel, Listener
 from keisei.training.parallel.communication import WorkerCommunicator
 from keisei.training.parallel.flow import Flow
 from keisei.training.parallel.seeds import worker_seed
@@ -62,7 +62,6 @@ class Pool:
         self.communicator = WorkerCommunicator(
             0, max_queue_size=config.max_queue_size, timeout=config.command_timeout
         )
-        self.communicator.use(Listener(self._on_arrival, self._on_ready, self._on_trouble))
         self.backend = backend or self._make_backend()
         self.supervisor = Supervisor(self, config, publish)
         self.flow = Flow(
@@ -71,6 +70,7 @@ class Pool:
             lambda: self.communicator.weights_version,
             self.supervisor.expect_progress,
         )
+        self.communicator.use(Listener(self.flow.arrived, self._on_ready, self._on_trouble))
 
     def _make_backend(self) -> Backend:
         if self.config.backend == "inline":
@@ -197,9 +197,6 @@ class Pool:
         )
 
     # what workers say
-
-    def _on_arrival(self, arrival: Arrival) -> None:
-        self.flow.arrived(arrival)
 
     def _on_ready(self, channel: Channel) -> None:
         worker_id = channel.worker_id

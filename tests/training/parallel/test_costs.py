@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import types
 from collections import Counter
 
 import torch
@@ -68,6 +69,29 @@ async def test_a_steady_worker_wakes_nobody_for_each_batch(make_manager):
     # One look at the queue for some batches, and one turn of the loop for whom it woke.
     assert min(looks) <= 0.7 * FEW
     assert min(turns) <= 1.4 * FEW
+
+
+@types.coroutine
+def counting_suspensions(coroutine):
+    """Return what ``coroutine`` returns, and how often it was suspended."""
+    steps, number = coroutine.__await__(), 0
+    while True:
+        try:
+            future = next(steps)
+        except StopIteration as done:
+            return done.value, number
+        number += 1
+        yield future
+
+
+async def test_a_wait_for_many_steps_is_woken_once(make_manager):
+    """What arrives before there is enough does not resume who waits."""
+    async with fail_after(60), make_manager(costs_workers.Steady, num_workers=2) as manager:
+        batches = await manager.collect()
+        wanted = 50 * batches[0].num_steps
+        batches, number = await counting_suspensions(manager.collect(min_steps=wanted))
+    assert len(batches) == 50
+    assert number == 1
 
 
 async def test_a_batch_costs_its_worker_a_few_calls(make_manager):
