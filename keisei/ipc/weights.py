@@ -67,6 +67,7 @@ class WeightsPublisher:
 
     Attributes:
         layout: Names, dtypes and shapes, fixed by the first weights.
+        num_bytes: Of the tensors together.
         fd: The memory's descriptor, to hand to workers.
     """
 
@@ -77,6 +78,7 @@ class WeightsPublisher:
             OSError: There is no memory for it.
         """
         self.layout = layout
+        self.num_bytes = sum(field.nbytes for field in layout.fields)
         self._forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
         self.fd, shared = memory.create(PAGE + BUFFERS * _stride(layout), "keisei-weights")
         self._arena = _Arena(shared, layout)
@@ -106,9 +108,9 @@ class WeightsPublisher:
         buffer = version % BUFFERS
         words[_STAMPS + buffer] = 0
         _fence()
-        with torch.no_grad():
-            for name, target in self._arena.views[buffer].items():
-                target.copy_(weights[name])
+        for name, target in self._arena.views[buffer].items():
+            source = weights[name]
+            target.copy_(source.detach() if source.requires_grad else source)
         _fence()
         words[_STAMPS + buffer] = version
         _fence()

@@ -225,6 +225,11 @@ class WorkerCommunicator:
         """The newest version; 0 is none."""
         return self._publisher.version if self._publisher is not None else 0
 
+    @property
+    def weights_nbytes(self) -> int:
+        """Bytes of one version's tensors; 0 before the first."""
+        return self._publisher.num_bytes if self._publisher is not None else 0
+
     async def send_model_weights(
         self,
         weights: HasStateDict | Mapping[str, torch.Tensor],

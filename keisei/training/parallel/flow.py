@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 
 from keisei.config import ParallelConfig
 from keisei.training.parallel.batch import ExperienceBatch
@@ -80,8 +79,9 @@ class Flow:
         ):
             self._drop_oldest_of(worker_id)
         self._top_up_one(worker_id)
-        # Whoever waits for many steps is not woken up for each few of them.
-        if any(wanted <= self._steps_queued for wanted in self._wanted):
+        # Whoever waits for many steps is not woken up for each few of them, unless the queues have
+        # to be cleared of what is too old.
+        if self._is_dropping or any(wanted <= self._steps_queued for wanted in self._wanted):
             self._changed.set()
 
     def became_ready(self, channel: Channel) -> None:
@@ -104,7 +104,8 @@ class Flow:
         """Hear that a weights version was published."""
         self._per_version = max(1, self._delivered_since_push)
         self._delivered_since_push = 0
-        self.top_up()
+        if self._is_pacing:
+            self.top_up()
 
     def wake(self) -> None:
         """Have every waiter look again."""
@@ -209,19 +210,25 @@ class Flow:
                 if arrival is not None:
                     self._append(arrival)
 
-    @asynccontextmanager
-    async def between_rounds(self, is_over: Callable[[], bool]) -> AsyncIterator[None]:
-        """Have no round of the sync mode begin in the body, nor go on in it. Safe to cancel."""
+    async def hold_rounds(self, is_over: Callable[[], bool]) -> None:
+        """Have no round of the sync mode begin until ``release_rounds``; wait for one that goes on.
+
+        When cancelled, none is held.
+        """
         self._rounds_held += 1
         try:
             while self._round is not None and not is_over():
                 self._changed.clear()
                 await self._changed.wait()
-            yield
-        finally:
-            self._rounds_held -= 1
-            if self._wanted:
-                self._begin_round()  # now: whoever calls this in a loop leaves no other moment
+        except BaseException:
+            self.release_rounds()
+            raise
+
+    def release_rounds(self) -> None:
+        """Let rounds begin again, one at once where somebody waits for it."""
+        self._rounds_held -= 1
+        if self._wanted:
+            self._begin_round()  # now: whoever holds them in a loop leaves no other moment
 
     def take(self, num_steps: int | None = None) -> list[ExperienceBatch]:
         """Take what ``wait_for`` has found, oldest first, up to about ``num_steps``.

@@ -305,10 +305,13 @@ class ParallelManager:
         pool = self._usable()
         pool.raise_poisoned()
         tensors = tensors_of(weights)
-        async with pool.flow.between_rounds(lambda: self._is_over(pool)):
+        await pool.flow.hold_rounds(lambda: self._is_over(pool))
+        try:
             version = self._publish_at_once(pool, tensors)
             if version is None:
                 version = await to_completion(self._publish_weights(pool, tensors))
+        finally:
+            pool.flow.release_rounds()
         if wait:
             pool.expect_progress()
             await pool.communicator.wait_applied(version, list(pool.ready), timeout)
@@ -322,7 +325,7 @@ class ParallelManager:
             return None
         version = pool.communicator.publish_at_once(tensors)
         if version is not None:
-            self._count_push(pool, version, tensors, is_finite=True)
+            self._count_push(pool, version, is_finite=True)
         return version
 
     async def _publish_weights(self, pool: Pool, tensors: dict[str, torch.Tensor]) -> int:
@@ -331,14 +334,12 @@ class ParallelManager:
         if self.config.check_finite:
             is_finite = await asyncio.to_thread(_is_finite, tensors)
         version = await pool.communicator.send_model_weights(tensors)
-        self._count_push(pool, version, tensors, is_finite=is_finite)
+        self._count_push(pool, version, is_finite=is_finite)
         pool.expect_progress()  # where to find weights is told, so they are loaded now
         return version
 
-    def _count_push(
-        self, pool: Pool, version: int, tensors: dict[str, torch.Tensor], *, is_finite: bool
-    ) -> None:
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    def _count_push(self, pool: Pool, version: int, *, is_finite: bool) -> None:
+        num_bytes = pool.communicator.weights_nbytes
         self._num_pushes += 1
         self._bytes_pushed += num_bytes
         self._num_not_finite += not is_finite

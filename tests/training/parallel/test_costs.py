@@ -130,6 +130,24 @@ async def test_a_push_costs_one_copy_and_wakes_nobody(make_manager):
     assert calls["socket.sendmsg"] == 3, "one announcement for each worker"
 
 
+async def test_a_push_costs_as_many_calls_for_many_workers(make_manager):
+    """Nothing of it is done for each worker."""
+    weights = {"weight": torch.zeros(100)}
+    counter, counts = CallCounter(), []
+    for num_workers in (1, 4):
+        config = {"num_workers": num_workers}
+        async with fail_after(60), make_manager(costs_workers.Counted, **config) as manager:
+            await manager.pause()
+            await manager.push_weights(weights, wait=True)
+            counter.begin()
+            for _ in range(50):
+                await manager.push_weights(weights)
+            counter.end()
+        counts.append(counter.num_python)
+    assert counts[1] <= counts[0] + 50
+    assert counts[0] <= 80 * 50
+
+
 async def test_a_command_costs_one_frame_each_way(make_manager):
     """A send, a receive and two looks of the loop; nobody acknowledges a reply."""
     counter = CallCounter()
