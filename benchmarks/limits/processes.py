@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import select
 import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from benchmarks import procfs
 from benchmarks.cases import Idle, Lag, Recovery, Start, Throughput
@@ -35,14 +38,24 @@ def _start(case: Start, method: str) -> Metrics:
     times = []
     sizes = 0.0
     for _ in range(2):
-        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(case.workers)]
         began = time.perf_counter()
-        with processes(_say_ready, [(pipe[1],) for pipe in pipes], method) as started:
-            for receive, _ in pipes:
-                receive.recv()
+        with _ready_processes(_say_ready, [()] * case.workers, method) as started:
             times.append((time.perf_counter() - began) * 1e3)
             sizes = procfs.mean_pss_mb(process.pid for process in started if process.pid)
     return {"warm_ms": times[1], "cold_ms": times[0], "pss_mb": sizes}
+
+
+@contextlib.contextmanager
+def _ready_processes(
+    target: Callable[..., None], arguments: Sequence[tuple[Any, ...]], method: str = "spawn"
+) -> Iterator[list[BaseProcess]]:
+    """Run ``processes`` with a pipe behind their arguments, until each has said something."""
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in arguments]
+    extended = [(*args, pipe[1]) for args, pipe in zip(arguments, pipes, strict=True)]
+    with processes(target, extended, method) as started:
+        for receive, _ in pipes:
+            receive.recv()
+        yield started
 
 
 def _say_ready(pipe: Connection) -> None:
@@ -54,10 +67,7 @@ def _say_ready(pipe: Connection) -> None:
 
 def idle(case: Idle) -> Metrics:
     """Watch processes that are blocked in a system call."""
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(case.workers)]
-    with processes(_say_ready, [(pipe[1],) for pipe in pipes]):
-        for receive, _ in pipes:
-            receive.recv()
+    with _ready_processes(_say_ready, [()] * case.workers):
         return idle_cpu(case)
 
 
@@ -133,11 +143,7 @@ def lag(case: Lag) -> Metrics:
     import asyncio
 
     busy = Throughput(work="cartpole", workers=case.workers)
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(case.workers)]
-    arguments = [(busy, index, pipe[1]) for index, pipe in enumerate(pipes)]
-    with processes(_spin, arguments):
-        for receive, _ in pipes:
-            receive.recv()
+    with _ready_processes(_spin, [(busy, index) for index in range(case.workers)]):
         return asyncio.run(watch_lag(case.seconds))
 
 

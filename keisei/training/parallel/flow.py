@@ -53,7 +53,7 @@ class Flow:
         self._changed = asyncio.Event()
         self._round: dict[int, Arrival | None] | None = None
         self._rounds_held = 0
-        self._wanted: list[int] = []
+        self._wanted: list[int | None] = []
         self._newest = 0
         self._per_version = config.num_workers
         self._delivered_since_push = 0
@@ -79,9 +79,8 @@ class Flow:
         ):
             self._drop_oldest_of(worker_id)
         self._top_up_one(worker_id)
-        # Whoever waits for many steps is not woken up for each few of them, unless the queues have
-        # to be cleared of what is too old.
-        if self._is_dropping or any(wanted <= self._steps_queued for wanted in self._wanted):
+        # Whoever waits for many steps is not woken up for each few of them.
+        if any(self._has(num_steps) for num_steps in self._wanted):
             self._changed.set()
 
     def became_ready(self, channel: Channel) -> None:
@@ -172,7 +171,6 @@ class Flow:
             is_over: Whether waiting has become pointless.
         """
         demand = 1 if num_steps is None else num_steps
-        wanted = 0 if num_steps is None else num_steps
         self._demand += demand
         try:
             if num_steps is not None or self._is_pacing:  # one experience was granted already
@@ -180,11 +178,11 @@ class Flow:
             while not self._has(num_steps) and not is_over():
                 self._begin_round()
                 self._changed.clear()
-                self._wanted.append(wanted)
+                self._wanted.append(num_steps)
                 try:
                     await self._changed.wait()
                 finally:
-                    self._wanted.remove(wanted)
+                    self._wanted.remove(num_steps)
         finally:
             self._demand -= demand
 
