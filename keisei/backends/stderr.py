@@ -52,7 +52,8 @@ class StderrRelay:
         self._lock = threading.Lock()  # never held while the application's end may block
         self._tails: dict[int, StderrTail] = {}
         self._unwritten: deque[bytes] = deque()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one, which may have ended
+        self._is_reading = False
         self._alarm: tuple[int, int] = (-1, -1)
 
     def pipe(self) -> tuple[StderrTail, int]:
@@ -66,7 +67,7 @@ class StderrRelay:
         with self._lock:
             try:
                 os.set_blocking(fd, False)
-                if self._thread is None:
+                if not self._is_reading:
                     self._begin()
             except BaseException:
                 os.close(fd)
@@ -92,7 +93,8 @@ class StderrRelay:
 
     def join(self, timeout: float) -> None:
         """Wait, without pipes, until everything is passed on; a blocked terminal may prevent it."""
-        thread = self._thread
+        with self._lock:
+            thread = self._thread
         if thread is not None:
             thread.join(timeout)
 
@@ -100,20 +102,22 @@ class StderrRelay:
         self._alarm = os.pipe()
         os.set_blocking(self._alarm[1], False)
         # A daemon: it waits for the application's standard error, which may never be read.
-        self._thread = threading.Thread(target=self._run, name="keisei-stderr", daemon=True)
+        thread = threading.Thread(target=self._run, name="keisei-stderr", daemon=True)
+        self._is_reading = True
         try:
-            self._thread.start()
+            thread.start()
         except RuntimeError as error:
-            self._forget_thread()
+            self._end()
             raise BlockingIOError(errno.EAGAIN, str(error)) from error
+        self._thread = thread
 
-    def _forget_thread(self) -> None:
-        self._thread = None
+    def _end(self) -> None:
+        self._is_reading = False
         for fd in self._alarm:
             os.close(fd)
 
     def _rouse(self) -> None:
-        if self._thread is not None:
+        if self._is_reading:
             with contextlib.suppress(BlockingIOError):  # it has enough to wake up for
                 os.write(self._alarm[1], b"!")
 
@@ -137,7 +141,7 @@ class StderrRelay:
                 chunks = list(self._unwritten)
                 self._unwritten.clear()
                 if not chunks and not self._tails:
-                    self._forget_thread()
+                    self._end()
                     return
                 poll, alarm = self._poll(), self._alarm[0]
             for chunk in chunks:

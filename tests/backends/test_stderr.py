@@ -125,6 +125,29 @@ def test_without_a_standard_error_it_is_remembered_all_the_same(relay):
         os.close(saved)
 
 
+def test_a_thread_that_is_about_to_end_is_waited_for(relay, monkeypatch):
+    """It has found nothing left to do, and is there for a moment longer."""
+    has_found, joined = threading.Event(), []
+    end, join = relay._end, threading.Thread.join
+
+    def end_and_tell():
+        end()
+        has_found.set()
+
+    def note_and_join(thread, timeout=None):
+        joined.append(thread.name)
+        join(thread, timeout)
+
+    tail, write_end = relay.pipe()
+    monkeypatch.setattr(relay, "_end", end_and_tell)
+    monkeypatch.setattr(threading.Thread, "join", note_and_join)
+    tail.close()
+    os.close(write_end)
+    assert has_found.wait(PATIENCE)
+    relay.join(PATIENCE)
+    assert joined == ["keisei-stderr"]
+
+
 def test_without_room_for_a_thread_nothing_is_left_open(monkeypatch):
     """The error is the system's; the next try may succeed."""
     relay = StderrRelay()
