@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from keisei.backends import forkserver
+from keisei.child import forkserver
 
 if sys.argv[0] == "-c":
     forkserver._report = lambda fd, number: os.kill(os.getpid(), signal.SIGKILL)

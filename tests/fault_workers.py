@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from keisei.backends.child import Inherited
-from keisei.ipc import messages
+from keisei.child.process import Inherited
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.weights import WeightsPublisher
+from keisei.protocol import messages
 from keisei.testing import failpoints
 from keisei.testing.failpoints import Gate
 from keisei.worker import Experience, Worker, WorkerContext

@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-from keisei.backends.child import STACKS_SIGNAL
-from keisei.backends.endpoints import WorkerEndpoints
-from keisei.backends.isolation import OwnProcess
-from keisei.backends.runtime import WorkerRuntime
+from keisei.child.isolation import OwnProcess
+from keisei.child.process import STACKS_SIGNAL
+from keisei.child.runtime import WorkerRuntime
 from keisei.ipc import memory
+from keisei.protocol.endpoints import WorkerEndpoints
 
 
 class ForkedProcess:

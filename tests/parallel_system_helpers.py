@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from keisei.backends.local import LocalBackend
-from keisei.ipc import messages
+from keisei.protocol import messages
 from keisei.supervision.process import ProcessHandle
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import WorkerCommunicator

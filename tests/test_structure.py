@@ -31,11 +31,13 @@ RANKS = {
     "events": 0,
     "worker": 0,
     "ipc": 1,
-    "supervision": 2,
-    "backends": 3,
-    "observers": 4,  # the manager tells them; what they may import is a test of its own
-    "training": 4,
-    "testing": 5,
+    "protocol": 2,
+    "supervision": 3,
+    "child": 3,
+    "backends": 4,
+    "observers": 5,  # the manager tells them; what they may import is a test of its own
+    "training": 5,
+    "testing": 6,
 }
 
 PUBLIC_NAMES = [
@@ -235,7 +237,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    "module", ["keisei", "keisei.worker", "keisei.exceptions", "keisei.backends.forkserver"]
+    "module", ["keisei", "keisei.worker", "keisei.exceptions", "keisei.child.forkserver"]
 )
 def test_a_workers_module_pays_for_nothing_that_it_does_not_use(module):
     """Importing the light modules loads neither torch nor any other third party."""
@@ -328,7 +330,7 @@ def test_the_installed_package_is_the_one_that_is_tested():
 
 
 # These modules run in processes that the library made, which may treat themselves as they like.
-ELSEWHERE = {"keisei.backends.child", "keisei.backends.forkserver"}
+ELSEWHERE = {"keisei.child.entry", "keisei.child.forkserver", "keisei.child.process"}
 TEST_FILES = sorted(TESTS.rglob("*.py"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from keisei.backends.endpoints import WorkerEndpoints
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.supervision.process import ProcessHandle
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import signal
 
-from keisei.backends.endpoints import WorkerEndpoints
-from keisei.backends.isolation import SharedProcess
-from keisei.backends.runtime import WorkerRuntime
+from keisei.child.isolation import SharedProcess
+from keisei.child.runtime import WorkerRuntime
 from keisei.ipc import failures
+from keisei.protocol.endpoints import WorkerEndpoints
 
 
 class InlineBackend:

@@ -22,8 +22,8 @@ from multiprocessing import process as mp_process
 from pathlib import Path
 from typing import Any
 
-from keisei.backends.child import HELD_SIGNALS, reap
-from keisei.backends.forkserver import LENGTH, NUMBER
+from keisei.child.forkserver import LENGTH, NUMBER
+from keisei.child.process import HELD_SIGNALS, reap
 from keisei.ipc.memory import anonymous_file
 
 
@@ -204,7 +204,7 @@ class ForkServer:
         with theirs:
             try:
                 end = lifeline.read_end()
-                command = _command("keisei.backends.forkserver.main", theirs.fileno(), end)
+                command = _command("keisei.child.forkserver.main", theirs.fileno(), end)
                 self.pid = _spawn(command, [theirs.fileno(), end])
             except BaseException:
                 ours.close()
@@ -357,7 +357,7 @@ def _spawn_worker(data: int, fds: Sequence[int]) -> tuple[int, int]:
     report, their_report = os.pipe()
     with _closing_on_error(report), _closing(their_report):
         end = lifeline.read_end()
-        command = _command("keisei.backends.child.main", data, their_report, end, list(fds))
+        command = _command("keisei.child.entry.main", data, their_report, end, list(fds))
         pid = _spawn(command, [data, their_report, end, *fds])
     return pid, report
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from keisei.backends import launch
-from keisei.backends.child import STACKS_SIGNAL
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.preload import OWN_MODULES, default_preload, modules_named_in
 from keisei.backends.process import WorkerProcess
 from keisei.backends.stderr import StderrRelay, StderrTail
+from keisei.child.process import STACKS_SIGNAL
 from keisei.exceptions import ManagerStateError
 from keisei.ipc import memory
+from keisei.protocol.endpoints import WorkerEndpoints
 
 _PROCESS_GROUP = 1 << 2
 _EXIT_CODE_PATIENCE = 2.0

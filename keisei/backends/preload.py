@@ -6,7 +6,7 @@ import pickletools
 import sys
 import types
 
-OWN_MODULES = ("torch", "keisei.backends.process", "keisei.backends.runtime")
+OWN_MODULES = ("torch", "keisei.backends.process", "keisei.child.runtime")
 _NEVER = {"__main__", "__mp_main__", "builtins"}
 
 

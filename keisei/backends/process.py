@@ -6,9 +6,6 @@ polls. So a subclass sets up what is needed by itself, and the supervisor waits 
 
 from __future__ import annotations
 
-import asyncio
-import os
-import socket
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,11 +13,8 @@ from typing import Any
 import aiomultiprocess
 from aiomultiprocess.types import Unit
 
-from keisei.backends.child import Inherited, flush, is_cut
 from keisei.backends.launch import Launched, server
-
-_GOING = 0.3
-"""Seconds in which an application that is ending has closed all that it had open."""
+from keisei.child.serve import serve_worker
 
 
 class _Process(BaseProcess):
@@ -88,36 +82,3 @@ class WorkerProcess(aiomultiprocess.Process):
             self.aio_process.close()
         elif self.aio_process.launched is not None:
             self.aio_process.launched.abandon()
-
-
-async def serve_worker() -> None:
-    """Serve one incarnation in this process; the entry of every worker process."""
-    from keisei.backends.endpoints import WorkerEndpoints
-    from keisei.backends.isolation import OwnProcess
-    from keisei.backends.runtime import WorkerRuntime
-
-    ends = WorkerEndpoints.attach(list(Inherited.fds))
-    code = await WorkerRuntime(ends, OwnProcess()).serve()
-    if ends.control.ended is not None:
-        # The queues of an application that is killed may end before its lifeline, which takes this
-        # whole group along. Leaving now would leave children of this process behind.
-        is_cut(Inherited.lifeline, _GOING)
-    if code:
-        # Everything was told in frames; leave without multiprocessing's own report.
-        await asyncio.get_running_loop().shutdown_asyncgens()
-        flush()
-        os._exit(code)
-
-
-def tell_failure(error: BaseException) -> None:
-    """Tell the application that this process cannot even begin to serve its worker."""
-    from keisei.backends.endpoints import REPLY
-    from keisei.ipc import failures, messages
-    from keisei.ipc.queues import FrameWriter
-
-    failed = messages.Failed(
-        "start", failures.summary(error), failures.trace(error), during_start=True
-    )
-    reply = FrameWriter(socket.socket(fileno=Inherited.fds[REPLY]), None)
-    reply.put_nowait(messages.pack(failed))
-    reply.close()

@@ -14,7 +14,7 @@ import select
 import threading
 from collections import deque
 
-from keisei.backends.child import STDERR
+from keisei.child.process import STDERR
 
 TAIL = 4096
 """Bytes that are remembered of each process."""

@@ -37,7 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from keisei.backends.child import Inherited
+from keisei.child.process import Inherited
 from keisei.worker import Worker, WorkerContext
 
 ARM = "keisei.testing.arm"

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from keisei.backends.child import STACKS_SIGNAL
+from keisei.child.process import STACKS_SIGNAL
 from keisei.events import Event
 from keisei.testing import leaks
 from keisei.training.parallel.streams import EventStream

@@ -8,7 +8,7 @@ import functools
 import pytest
 
 from keisei.backends.inline import InlineBackend, InlineProcess
-from keisei.backends.runtime import WorkerRuntime
+from keisei.child.runtime import WorkerRuntime
 from keisei.events import ExitCause
 from keisei.testing.scenarios import fail_after
 from keisei.training.parallel.communication import WorkerCommunicator

@@ -22,8 +22,8 @@ import blocking_import
 from backend_workers import Explosive, Obedient
 from keisei import events
 from keisei.backends import launch, local
-from keisei.backends.child import STACKS_SIGNAL
 from keisei.backends.local import LocalBackend, LocalProcess
+from keisei.child.process import STACKS_SIGNAL
 from keisei.events import ExitCause, Incident
 from keisei.exceptions import ManagerStateError, PoolExhausted, WorkerLost, WorkerStartError
 from keisei.testing.scenarios import fail_after, next_event

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from keisei.ipc import failures, messages, serialize
+from keisei.ipc import failures, serialize
+from keisei.protocol import messages
 
 
 class Unprintable(Exception):

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from forking_backend import ForkedProcess, ForkingBackend
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.backends.inline import InlineBackend
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.testing import conformance
 from keisei.testing.conformance import (
     BACKEND_CHECKS,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from keisei.backends.base import Backend
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.config import ParallelConfig, RestartPolicy
 from keisei.events import WorkerReady
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.supervision.process import ProcessHandle
 from keisei.testing.conformance.checking import require_equal
 from keisei.testing.puppet import Puppet

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from keisei.backends.base import Backend
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import QueueEnded, QueueError, WorkerLost
-from keisei.ipc import messages, serialize
+from keisei.ipc import serialize
+from keisei.protocol import messages
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.supervision.exits import LastWords
 from keisei.supervision.process import ProcessHandle
 from keisei.testing.conformance.baseline import turn

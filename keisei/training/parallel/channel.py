@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
     CommandError,
     CommandTimeout,
@@ -20,11 +19,13 @@ from keisei.exceptions import (
     WorkerError,
     WorkerLost,
 )
-from keisei.ipc import messages, serialize
+from keisei.ipc import serialize
 from keisei.ipc.layout import Layout, Views
 from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.ring import Place, RingReader
 from keisei.ipc.status import Phase, StatusLine
+from keisei.protocol import messages
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.supervision.exits import LastWords
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.rhythm import Rhythm

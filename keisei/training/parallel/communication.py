@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from keisei.backends.endpoints import WorkerEndpoints
 from keisei.exceptions import (
     CommandTimeout,
     QueueClosed,
@@ -20,10 +19,12 @@ from keisei.exceptions import (
     WorkerError,
     WorkerLost,
 )
-from keisei.ipc import messages, serialize
+from keisei.ipc import serialize
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.weights import HasStateDict, WeightsPublisher, tensors_of
+from keisei.protocol import messages
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.channel import Arrival, Channel, Listener
 

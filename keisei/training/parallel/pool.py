@@ -17,8 +17,8 @@ from keisei.config import ParallelConfig
 from keisei.devices import resolve_devices
 from keisei.events import Event, ExitCause, Incident
 from keisei.exceptions import PoisonedWeights, QueueClosed, QueueEnded, WorkerLost
-from keisei.ipc import messages
 from keisei.ipc.status import StatusLine
+from keisei.protocol import messages
 from keisei.supervision.exits import LastWords
 from keisei.supervision.process import ProcessHandle
 from keisei.supervision.supervisor import Supervisor

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import keisei
-from keisei.backends import child
+from keisei.child.process import flush, is_cut, reap
 
 ROOT = Path(keisei.__file__).parent.parent
 PATIENCE = 30
@@ -22,12 +22,12 @@ PATIENCE = 30
 TIED = """
     import ctypes, os, sys
     sys.path.insert(0, {root!r})
-    from keisei.backends import child
+    from keisei.child import process
 
     if {fallback}:
-        child._F_SETSIG = 99999  # no such operation: the kernel cannot be asked
-    child.lead_own_group()
-    child.tie_to({lifeline})
+        process._F_SETSIG = 99999  # no such operation: the kernel cannot be asked
+    process.lead_own_group()
+    process.tie_to({lifeline})
     print("tied", flush=True)
     {then}
 """
@@ -92,9 +92,9 @@ def test_a_process_that_comes_too_late_leaves_at_once():
 def test_an_open_pipe_is_not_cut():
     """Nothing is ever written to a lifeline, and only its end is a cut."""
     read_end, write_end = os.pipe()
-    assert not child.is_cut(read_end)
+    assert not is_cut(read_end)
     os.close(write_end)
-    assert child.is_cut(read_end)
+    assert is_cut(read_end)
     os.close(read_end)
 
 
@@ -117,10 +117,10 @@ def test_reaping_ends_what_is_left_of_the_group(which):
     ) as process:
         os.read(process.stdout.fileno(), 1)
         if which == "this one":
-            assert child.reap(process.pid) == (0, 0)
+            assert reap(process.pid) == (0, 0)
         process.stdin.close()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        pid, status = child.reap(process.pid if which == "this one" else None)
+        pid, status = reap(process.pid if which == "this one" else None)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert (pid, process.returncode) == (process.pid, 5)
         assert select.select([process.stdout], [], [], PATIENCE)[0]
@@ -132,7 +132,7 @@ def test_there_may_be_nobody_to_reap():
     with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
         process.wait(PATIENCE)
         with pytest.raises(ChildProcessError):
-            child.reap(process.pid)
+            reap(process.pid)
 
 
 def test_a_wait_for_one_process_blocks_until_it_ends():
@@ -141,7 +141,7 @@ def test_a_wait_for_one_process_blocks_until_it_ends():
         [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE
     ) as process:
         found: list[tuple[int, int]] = []
-        thread = threading.Thread(target=lambda: found.append(child.reap(process.pid, 0)))
+        thread = threading.Thread(target=lambda: found.append(reap(process.pid, 0)))
         thread.start()
         process.stdin.write(b"\n")
         process.stdin.close()
@@ -159,4 +159,4 @@ def test_streams_that_cannot_be_flushed_do_not_matter(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", Closed())
-    child.flush()
+    flush()

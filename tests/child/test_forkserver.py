@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from keisei.backends import child, forkserver
-from keisei.backends.forkserver import LENGTH, NUMBER, _receive, _Server
+from keisei.child import forkserver, process
+from keisei.child.forkserver import LENGTH, NUMBER, _receive, _Server
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_an_exit_is_reported_once(pair, server, monkeypatch):
     report = ask(pair[0], "", 1)
     assert server._answer()
     ended = [(12345, 3 << 8), (99999, 0), (0, 0)]
-    monkeypatch.setattr(child, "reap", lambda pid: ended.pop(0))
+    monkeypatch.setattr(process, "reap", lambda pid: ended.pop(0))
     server._reap()
     assert read_and_close(report) == NUMBER.pack(12345) + NUMBER.pack(3)
     assert server._reports == {}
@@ -117,14 +117,14 @@ def test_nobody_left_to_reap(server, monkeypatch):
     def reap(pid: int | None) -> tuple[int, int]:
         raise ChildProcessError
 
-    monkeypatch.setattr(child, "reap", reap)
+    monkeypatch.setattr(process, "reap", reap)
     server._reap()
 
 
 def test_what_is_buffered_is_written_before_the_fork(pair, server, monkeypatch):
     """Output of imports would otherwise come once more from each worker."""
     flushed = []
-    monkeypatch.setattr(child, "flush", lambda: flushed.append(True))
+    monkeypatch.setattr(process, "flush", lambda: flushed.append(True))
     monkeypatch.setattr(os, "fork", lambda: flushed.append(False) or -1)
     os.close(ask(pair[0], "", 1))
     server._answer()

@@ -17,7 +17,7 @@ import struct
 import sys
 from typing import NoReturn
 
-from keisei.backends import child
+from keisei.child import entry, process
 
 NUMBER = struct.Struct("<q")
 LENGTH = struct.Struct("<I")
@@ -32,8 +32,8 @@ def main(request: int, lifeline: int, path: list[str]) -> None:
     later the exit code), then those that the process inherits.
     """
     sys.path[:] = path
-    child.lead_own_group()
-    own_lifeline = child.tie_to(lifeline)
+    process.lead_own_group()
+    own_lifeline = process.tie_to(lifeline)
     with socket.socket(fileno=request) as requests:
         _Server(requests, lifeline, own_lifeline).serve()
 
@@ -73,7 +73,7 @@ class _Server:
             return False
         self._import(modules)
         data, report, *inherited = fds
-        child.flush()  # what is in a buffer now would be written once more by the forked process
+        process.flush()  # what is in a buffer now would be written once more by the forked process
         told = tell = -1
         try:
             told, tell = os.pipe()
@@ -124,14 +124,14 @@ class _Server:
             self._requests.close()
             for fd in (report, *self._own, *self._reports.values()):
                 os.close(fd)
-            child.run_and_exit(data, inherited, self._lifeline)
+            entry.run_and_exit(data, inherited, self._lifeline)
         finally:
             os._exit(1)
 
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = child.reap(None)
+                pid, status = process.reap(None)
             except ChildProcessError:
                 return
             if pid == 0:

@@ -14,16 +14,17 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keisei.backends.endpoints import WorkerEndpoints
-from keisei.backends.isolation import Isolation
+from keisei.child.isolation import Isolation
 from keisei.exceptions import QueueEnded, SerializationError
-from keisei.ipc import failures, messages, serialize
+from keisei.ipc import failures, serialize
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.ring import RingWriter
 from keisei.ipc.status import Phase
 from keisei.ipc.weights import WeightsReader
+from keisei.protocol import messages
+from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.worker import Experience, Worker, WorkerContext
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from keisei.exceptions import SerializationError
-from keisei.ipc import messages
 from keisei.ipc.layout import Field, Layout
+from keisei.protocol import messages
 
 FRAME = messages.ExperienceFrame(
     sequence=1 << 40,

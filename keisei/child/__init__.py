@@ -1,0 +1,1 @@
+"""What runs inside a worker's process: its entry, its main loop, the fork server it comes from."""

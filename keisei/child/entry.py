@@ -1,0 +1,68 @@
+"""The first and last thing that runs in a new process; imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+from keisei.child.process import STDERR, Inherited, flush, heed_signals, lead_own_group, tie_to
+
+
+def run(data: int, fds: list[int], lifeline: int) -> int:
+    """Become the process that ``data``, a file, describes; return its exit code.
+
+    Args:
+        data: multiprocessing's preparation data and process object, pickled.
+        fds: Descriptors for the process object's code; then the pipe that becomes standard error,
+            and the crash file.
+        lifeline: The read end of the application's lifeline pipe. To multiprocessing it is the
+            parent's sentinel.
+    """
+    from multiprocessing import spawn
+
+    *own, stderr, crash = fds
+    if STDERR not in (data, lifeline, *fds):  # the application has one
+        os.dup2(stderr, STDERR)
+        os.close(stderr)
+    lead_own_group()
+    Inherited.lifeline = tie_to(lifeline)
+    heed_signals(crash)
+    for fd in (lifeline, crash, *own):
+        os.set_inheritable(fd, False)
+    Inherited.fds = tuple(own)
+    try:
+        code: int = spawn._main(data, lifeline)  # noqa: SLF001 - what "spawn" itself runs
+    except BaseException as error:  # noqa: BLE001 - SystemExit of a main script too
+        # Not an error of the worker: importing the main script, or what is to run, has failed.
+        from keisei.child.serve import tell_failure
+
+        tell_failure(error)
+        return 1
+    return code
+
+
+def run_and_exit(data: int, fds: list[int], lifeline: int) -> NoReturn:
+    """Do as ``run``, and end the process with its exit code; never returns.
+
+    What multiprocessing does at the end is done by then. The interpreter is not torn down: that
+    takes longer than all the rest of an orderly end, and native libraries crash in it.
+    """
+    code = 1
+    try:
+        code = run(data, fds, lifeline)
+    except BaseException:  # noqa: BLE001 - there is nobody above to tell
+        sys.excepthook(*sys.exc_info())
+    finally:
+        flush()
+        os._exit(code)
+
+
+def main(data: int, report: int, lifeline: int, fds: list[int], path: list[str]) -> None:
+    """Run a process in a fresh interpreter: the entry of the start method "spawn".
+
+    The end of ``report``, a pipe that nothing is written to, tells of the end of this process.
+    """
+    sys.path[:] = path
+    os.set_inheritable(report, False)
+    run_and_exit(data, fds, lifeline)

@@ -1,0 +1,46 @@
+"""Serve one incarnation in a process of its own, and tell it if that cannot even begin."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+from keisei.child.process import Inherited, flush, is_cut
+
+_GOING = 0.3
+"""Seconds in which an application that is ending has closed all that it had open."""
+
+
+async def serve_worker() -> None:
+    """Serve one incarnation in this process; the entry of every worker process."""
+    from keisei.child.isolation import OwnProcess
+    from keisei.child.runtime import WorkerRuntime
+    from keisei.protocol.endpoints import WorkerEndpoints
+
+    ends = WorkerEndpoints.attach(list(Inherited.fds))
+    code = await WorkerRuntime(ends, OwnProcess()).serve()
+    if ends.control.ended is not None:
+        # The queues of an application that is killed may end before its lifeline, which takes this
+        # whole group along. Leaving now would leave children of this process behind.
+        is_cut(Inherited.lifeline, _GOING)
+    if code:
+        # Everything was told in frames; leave without multiprocessing's own report.
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        flush()
+        os._exit(code)
+
+
+def tell_failure(error: BaseException) -> None:
+    """Tell the application that this process cannot even begin to serve its worker."""
+    from keisei.ipc import failures
+    from keisei.ipc.queues import FrameWriter
+    from keisei.protocol import messages
+    from keisei.protocol.endpoints import REPLY
+
+    failed = messages.Failed(
+        "start", failures.summary(error), failures.trace(error), during_start=True
+    )
+    reply = FrameWriter(socket.socket(fileno=Inherited.fds[REPLY]), None)
+    reply.put_nowait(messages.pack(failed))
+    reply.close()
