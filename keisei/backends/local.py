@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from keisei.backends.stderr import StderrRelay, StderrTail
 from keisei.child.process import STACKS_SIGNAL
 from keisei.exceptions import ManagerStateError
 from keisei.ipc import memory
+from keisei.ipc.threads import aside, in_thread
 from keisei.protocol.endpoints import WorkerEndpoints
 
 _PROCESS_GROUP = 1 << 2
@@ -87,7 +86,7 @@ class LocalBackend:
             async with self._starts:
                 start = self._described(endpoints, name)
                 try:
-                    starting = _in_thread(start.run, start.undo)
+                    starting = in_thread(start.run, start.undo)
                 except OSError:
                     start.drop()
                     raise
@@ -102,14 +101,14 @@ class LocalBackend:
         try:
             return LocalProcess(start.process, start.pidfd, start.crash_fd, start.stderr)
         except BaseException:
-            self._keep(_aside(start.undo))
+            self._keep(aside(start.undo))
             raise
 
     def _undo(self, start: _Start, started: asyncio.Future[None]) -> None:
         """Hear that a start is done, when nobody waits for it any more."""
         self._undoing.discard(started)
         if started.exception() is None:
-            self._keep(_aside(start.undo))
+            self._keep(aside(start.undo))
 
     def _keep(self, undoing: asyncio.Future[None]) -> None:
         self._undoing.add(undoing)
@@ -131,7 +130,7 @@ class LocalBackend:
         """End the fork server, whose import of the preloaded modules may be what hangs."""
         if self._preload is not None:
             launch.server.epoch += 1
-            _aside(launch.server.abort)
+            aside(launch.server.abort)
 
     async def aclose(self) -> None:
         """Let the fork server go; it ends when nobody else keeps it.
@@ -143,7 +142,7 @@ class LocalBackend:
             deadline = asyncio.get_running_loop().time() + _UNDO_PATIENCE
             while self._undoing and (left := deadline - asyncio.get_running_loop().time()) > 0:
                 await asyncio.wait(set(self._undoing), timeout=left)
-            await asyncio.shield(_aside(self._let_go))
+            await asyncio.shield(aside(self._let_go))
 
     def _let_go(self) -> None:
         if self._preload is not None:
@@ -211,61 +210,6 @@ class _Start:
         self.process.close()
 
 
-def _in_thread(
-    work: Callable[[], None], undo: Callable[[], None] | None = None
-) -> asyncio.Future[None]:
-    """Run ``work`` in a daemon thread: one that hangs must not hold up the interpreter's exit.
-
-    Args:
-        work: What may block.
-        undo: Called in the thread after ``work`` if the event loop is closed by then.
-
-    Raises:
-        OSError: There is no room for a thread.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        thread.join()  # it has nothing left to do
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as problem:  # noqa: BLE001 - raised where it is waited for
-            error = problem
-        try:
-            loop.call_soon_threadsafe(settle, error)
-        except RuntimeError:
-            if undo is not None and error is None:
-                undo()
-
-    thread = threading.Thread(target=run, name="keisei-start", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise BlockingIOError(errno.EAGAIN, str(error)) from error
-    return future
-
-
-def _aside(work: Callable[[], None]) -> asyncio.Future[None]:
-    """Run short ``work`` that must be done in a thread, or here if there is no room for one."""
-    try:
-        return _in_thread(work)
-    except OSError:
-        work()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
-
-
 class LocalProcess:
     """A worker's process, watched through a pidfd.
 
@@ -322,7 +266,7 @@ class LocalProcess:
             # Its descriptors are closed, but it is still ending. Not worth a wait in the loop.
             self._unwatch()
             join = functools.partial(self._process.aio_process.join, _EXIT_CODE_PATIENCE)
-            _aside(join).add_done_callback(lambda _: self._settle(self._process.exit_code()[1]))
+            aside(join).add_done_callback(lambda _: self._settle(self._process.exit_code()[1]))
 
     def _settled(self) -> bool:
         is_known, code = self._process.exit_code()
