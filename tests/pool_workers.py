@@ -309,6 +309,13 @@ class Returning(Worker):
         return self.value() if callable(self.value) else self.value
 
 
+class Taking(Returning):
+    """Takes weights and does nothing with them."""
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        self.version = version
+
+
 class FailsOnPickling:
     """Reaches a failpoint when it is pickled: between the memory of an experience and its frame."""
 

@@ -144,6 +144,12 @@ class LocalBackend:
                 await asyncio.wait(set(self._undoing), timeout=left)
             await asyncio.shield(aside(self._let_go))
 
+    def close(self) -> None:
+        """Let the fork server go at once, without an event loop."""
+        was_open, self._is_open = self._is_open, False
+        if was_open:
+            self._let_go()
+
     def _let_go(self) -> None:
         if self._preload is not None:
             launch.server.release()

@@ -38,11 +38,12 @@ OBEDIENT = """
     from keisei.backends import launch
 
     async def main():
-        tasks = []
+        managers, tasks = [], []  # a manager that is dropped ends its workers
         for activity in activities:
             method, _, kind = activity.partition(".")
             worker = functools.partial(backend_workers.Busy, str(folder / activity), kind)
             manager = ParallelManager(worker, config={"num_workers": 1, "start_method": method})
+            managers.append(manager)
             tasks.append(asyncio.create_task(manager.start()))
             if kind == "idle":
                 await tasks[-1]
@@ -55,6 +56,7 @@ OBEDIENT = """
                 case "import":
                     config = {"num_workers": 1, "start_method": method}
                     manager = ParallelManager(blocking_import.Unreachable, config=config)
+                    managers.append(manager)
                     tasks.append(asyncio.create_task(manager.start()))
                 case "fork":
                     pid = os.fork()
