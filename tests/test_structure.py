@@ -51,6 +51,7 @@ PUBLIC_NAMES = [
     "Incident",
     "KeiseiError",
     "Learner",
+    "LearnerTimeout",
     "ManagerStateError",
     "ModelSynchronizer",
     "ParallelConfig",

@@ -18,6 +18,7 @@ from keisei.config import ParallelConfig
 from keisei.events import (
     Event,
     Incident,
+    PoolEscalated,
     PoolPaused,
     PoolResumed,
     PoolScaled,
@@ -34,7 +35,7 @@ from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
 from keisei.training.parallel.factory import pickle_factory
 from keisei.training.parallel.pool import Pool
-from keisei.training.parallel.run import Learner, RunReport, TrainingLoop
+from keisei.training.parallel.run import Learner, RunReport, TrainingLoop, first_weights
 from keisei.training.parallel.seeds import draw_root
 from keisei.training.parallel.stats import PoolStats, WorkerInfo
 from keisei.training.parallel.streams import EventStream, ExperienceStream
@@ -72,7 +73,7 @@ class ParallelManager:
         Args:
             worker: A picklable callable without arguments that returns a ``Worker``: a class of
                 a module, or a ``functools.partial`` of one. Called once in each process.
-            model: Its state dict is weights version 1.
+            model: Its state dict is weights version 1; without a model, the learner's is.
             learner: For ``run``.
             config: A ``ParallelConfig``, or a mapping that validates to one.
             observers: Objects with ``on_event(event)``, called for every event.
@@ -96,6 +97,7 @@ class ParallelManager:
         self._streams: WeakSet[EventStream] = WeakSet()
         self._stopping: asyncio.Task[None] | None = None
         self._stop_requested = False
+        self._over = asyncio.Event()
         self._started_at = 0.0
         self._num_pushes = self._bytes_pushed = self._num_not_finite = 0
 
@@ -140,8 +142,12 @@ class ParallelManager:
         )
         try:
             await pool.backend.open()
-            if self._model is not None:
-                await pool.communicator.send_model_weights(self._model)
+            weights: HasStateDict | Mapping[str, torch.Tensor] | None = self._model
+            if weights is None and self._learner is not None:
+                grace = self.config.shutdown_timeout
+                weights = await first_weights(self._learner, grace=grace, wait_over=self.wait_over)
+            if weights is not None and self._stopping is None:
+                await pool.communicator.send_model_weights(weights)
             await pool.fill()
         except BaseException:
             await self.stop()
@@ -175,6 +181,7 @@ class ParallelManager:
     async def _stop(self, pool: Pool) -> None:
         self._state = _State.STOPPING
         self._stop_requested = True
+        self._over.set()
         try:
             await pool.close()
         finally:
@@ -191,6 +198,7 @@ class ParallelManager:
         application for example; from another thread with ``loop.call_soon_threadsafe``.
         """
         self._stop_requested = True
+        self._over.set()
         if self._pool is not None:
             self._pool.flow.wake()
 
@@ -198,6 +206,10 @@ class ParallelManager:
     def is_stop_requested(self) -> bool:
         """Whether ``request_stop`` or ``stop`` was called."""
         return self._stop_requested
+
+    async def wait_over(self) -> None:
+        """Return when a stop was requested or the pool has failed for good."""
+        await self._over.wait()
 
     # experience
 
@@ -516,6 +528,8 @@ class ParallelManager:
         self._publish(event)
 
     def _publish(self, event: Event) -> None:
+        if isinstance(event, PoolEscalated):
+            self._over.set()
         for stream in list(self._streams):
             stream.push(event)
         self._observers.on_event(event)
@@ -534,9 +548,15 @@ class ParallelManager:
         A pool that is running already is left running at the end. When cancelled, the update
         being learned is finished, every worker is ended, and the cancellation goes on.
 
+        A learner that hangs cannot keep the run: ``learn`` is waited for at most
+        ``shutdown_timeout`` after a cancellation, two seconds more after a second one; and after
+        ``request_stop``, ``stop`` or ``max_seconds`` as long, or twice the longest update before
+        it if that is longer. Then its thread is abandoned where it stands, and the error has its
+        stack: the cancellation as a note, any other end as ``LearnerTimeout``.
+
         Args:
             max_steps: End after the update that brings the environment steps to this number.
-            max_seconds: End after this time, checked between updates.
+            max_seconds: End after this time, with the update that is being learned then.
             steps_per_update: Gather at least this many steps for each ``learn``; ``None`` takes
                 one round in sync mode, and whatever is here in async mode.
 
@@ -547,7 +567,9 @@ class ParallelManager:
             ManagerStateError: There is no learner, or the manager has served.
             WorkerStartError: A worker's first start failed.
             PoolExhausted: The restart policy was exceeded.
-            Exception: Whatever the learner raised; the workers are gone then.
+            LearnerTimeout: The learner did not return in time when the run should end.
+            BaseException: Whatever the learner raised, as told in ``Learner``; the workers are
+                gone then.
         """
         if self._learner is None:
             raise ManagerStateError(
