@@ -8,7 +8,6 @@ ours, which the interpreter would join at its exit: a learner that hangs would k
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import functools
 import inspect
@@ -85,6 +84,12 @@ class Outcome:
         finally:
             del error  # its traceback holds this frame
 
+    def drop(self) -> BaseException | None:
+        """Let go of what the call returned, where it is not wanted any more; return its error."""
+        if inspect.iscoroutine(self.value):
+            self.value.close()  # it was to be awaited, and never begins
+        return self.error
+
 
 class LearnerThread:
     """One daemon thread that calls plain functions, one after the other."""
@@ -115,8 +120,10 @@ class LearnerThread:
         def work() -> None:
             outcome = Outcome.of(pending.pop())
             self.is_busy = False
-            with contextlib.suppress(RuntimeError):  # the loop is closed: it waits for nothing
+            try:
                 loop.call_soon_threadsafe(settle, outcome)
+            except RuntimeError:  # the loop is closed: it waits for nothing
+                outcome.drop()
 
         if self._thread is None:
             thread = threading.Thread(target=self._run, name="keisei-learner", daemon=True)
@@ -324,6 +331,7 @@ class LearnerCalls:
             raise cancelled from error
 
     def _abandon(self, call: asyncio.Future[Outcome]) -> None:
+        call.add_done_callback(_drop)
         thread, loop = self._thread, asyncio.get_running_loop()
         if isinstance(call, asyncio.Task):
             _abandoned.append((self._learner, lambda: not call.done() and not loop.is_closed()))
@@ -362,13 +370,8 @@ async def _outlasts(call: asyncio.Future[Outcome], seconds: float) -> bool:
 
 
 def _drop(call: asyncio.Future[Outcome]) -> BaseException | None:
-    """Take no notice of what a finished call returned; return its error."""
-    if call.cancelled():  # a task, before its first step
-        return None
-    outcome = call.result()
-    if inspect.iscoroutine(outcome.value):
-        outcome.value.close()  # it was to be awaited; now it never begins
-    return outcome.error
+    """Let go of a finished call's outcome; return its error."""
+    return None if call.cancelled() else call.result().drop()  # a task, before its first step
 
 
 def _abandonment(method: str, seconds: float, since: str) -> str:

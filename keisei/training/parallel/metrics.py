@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _number(value: Any) -> float | None:
         shape = getattr(value, "shape", None)  # of a tensor, an array or a scalar of NumPy
         if isinstance(value, torch.Tensor) or isinstance(shape, tuple):
             value = value.item()  # raises unless there is exactly one element
-            return _float(value) if isinstance(value, _PLAIN) else None
+            return _float(value) if isinstance(value, Real) else None
         return _float(value)
     except BaseException:  # noqa: BLE001 - code of the value's class has failed: it is no number
         return None
