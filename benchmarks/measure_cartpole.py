@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.cases import Throughput
-from benchmarks.plan import OURS, Chart, Measurement
+from benchmarks.plan import Chart, Measurement
 from benchmarks.systems import BARE, LEARNER, STEPS, random_systems
-from benchmarks.targets import Target, of_limit
+from benchmarks.targets import OURS, Target, of_limit
 
 CASE = "2 workers"
 LARGE = f"{CASE}, batches of 2048"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.cases import Learning
-from benchmarks.plan import OURS, Measurement, Metric, System
-from benchmarks.targets import Target, ahead_of, faster_across
+from benchmarks.plan import Measurement, Metric, System
+from benchmarks.targets import OURS, Target, ahead_of, faster_across
 
 DUMMY, SUBPROC = "SB3 PPO, DummyVecEnv", "SB3 PPO, SubprocVecEnv"
 SB3 = (DUMMY, SUBPROC)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import Recovery
-from benchmarks.plan import OURS, Measurement, Metric, System
+from benchmarks.plan import Measurement, Metric, System
 from benchmarks.systems import AIO, ASYNC, QUEUE, RAY, SUBPROC, TORCHRL_SYNC
-from benchmarks.targets import Target, value
+from benchmarks.targets import OURS, Target, value
 
 CASE = "SIGKILL of a worker"
 LIMIT = "pidfd + forkserver"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import KB, MB, Bandwidth
-from benchmarks.plan import OURS, Chart, Measurement, System
+from benchmarks.plan import Chart, Measurement, System
 from benchmarks.systems import LEARNER, QUEUE
-from benchmarks.targets import Target, growth
+from benchmarks.targets import OURS, Target, growth
 
 INTERVAL = 0.02
 """Seconds before each batch: enough for the queue to pickle and send the largest."""

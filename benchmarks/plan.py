@@ -1,4 +1,4 @@
-"""What a measurement is: its cases, systems, metrics, targets and chart, as frozen values."""
+"""The plan of a measurement: cases, systems, metrics, targets and chart, as frozen values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal
 from benchmarks.cases import Case
 from benchmarks.targets import Target
 
-OURS = "keisei"
 Metrics = dict[str, float]
 Role = Literal["ours", "peer", "limit"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.plan import OURS, Metric, System
+from benchmarks.plan import Metric, System
+from benchmarks.targets import OURS
 
 TORCHRL_SYNC, TORCHRL_ASYNC = "TorchRL MultiSync", "TorchRL MultiAsync"
 TORCHRL = (TORCHRL_SYNC, TORCHRL_ASYNC)

@@ -17,8 +17,7 @@ from benchmarks.ours.workers import RolloutWorker, TinyWorker
 from benchmarks.plan import Metrics
 from benchmarks.timing import percentile, repeat, watch_loop
 from benchmarks.work import state_of_size
-from keisei import ParallelManager
-from keisei.backends.local import warm_fork_server
+from keisei import ParallelManager, warm_fork_server
 from keisei.events import WorkerIncident
 
 PATIENT = {"max_restarts": 100_000, "restart_window": 60.0, "backoff_base": 0.0, "backoff_cap": 0.0}
