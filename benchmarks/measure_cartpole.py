@@ -22,7 +22,7 @@ TARGETS = (
 
 
 def measurement(quick: bool) -> Measurement:
-    """Return the measurement: everybody with batches of 128, and the curve of keisei over them."""
+    """Return the measurement: all systems with batches of 128, keisei with other sizes too."""
     case = Throughput(work="cartpole", ahead=16)
     if quick:
         case = replace(case, seconds=0.7, warmup=0.3)

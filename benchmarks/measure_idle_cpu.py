@@ -1,4 +1,4 @@
-"""Processor time of a pool that has nothing to do."""
+"""Processor time of an idle pool."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ TARGETS = (
 def measurement(quick: bool) -> Measurement:
     """Return the measurement; the quick one has an easier goal and RL-Zoo's parameters only.
 
-    The rows of one case have the same parameters. The last target alone compares unlike work, and
-    says so: it tells what the example's parameters add.
+    The rows of one case have the same parameters. Only the last target compares different
+    parameters, and its text says so: it shows how much the example's parameters add.
     """
     goal = QUICK_GOAL if quick else Learning().goal
     cases = {ZOO: Learning(goal=goal), EXAMPLE: Learning(goal=goal, parameters="example")}

@@ -1,4 +1,4 @@
-"""A worker is killed: until the application knows, and until its successor has delivered."""
+"""A worker is killed: time until the application is told, and until the next worker delivers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SYSTEMS = (
 
 
 def measurement(quick: bool) -> Measurement:
-    """Return the measurement; peers that have no recovery show what happens instead."""
+    """Return the measurement; a peer without recovery shows the error that it raises instead."""
     case = Recovery(kills=10, patience=3.0) if quick else Recovery()
     return Measurement(
         name="recovery",

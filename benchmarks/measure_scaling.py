@@ -1,4 +1,4 @@
-"""What one more worker costs the application, as the pool grows from 1 to 64."""
+"""The cost of one more worker for the application, as the pool grows from 1 to 64."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from benchmarks.targets import OURS, Target, ahead_of, growth, of_limit, value
 SIZES = {"17 KB": 17 * KB, "1 MB": MB, "50 MB": 50 * MB, "500 MB": 500 * MB}
 WORKERS = (1, 2, 4, 8)
 LARGEST_PICKLE = 50 * MB
-"""500 MB through pickling queues takes minutes and many GB; nobody learns more from it."""
+"""500 MB through pickling queues would take minutes and many GB, and add nothing."""
 FLAT = 1.3
 
 

@@ -15,7 +15,7 @@ Role = Literal["ours", "peer", "limit"]
 
 
 class UnavailableError(Exception):
-    """A system cannot take part here; the message is the reason that the table shows."""
+    """A system cannot run here; the table shows the message as the reason."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class System:
     """One row of a table.
 
     Attributes:
-        name: How the row is called.
-        role: "ours", "peer", or "limit": what the machine can do at best.
+        name: The row's name.
+        role: "ours", "peer", or "limit": the best that the machine can do.
         entry: ``module:function`` in ``benchmarks``; it takes the case and returns metrics.
         options: Fields of the case that this system replaces.
         cases: Labels of the cases it runs; ``None`` is all.
@@ -65,7 +65,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One subject, measured for several systems.
+    """One quantity, measured for several systems.
 
     Attributes:
         metrics: The first one is the headline: ratios are taken of it.

@@ -41,11 +41,11 @@ Figure = Callable[[Measured], float | None]
 
 @dataclass(frozen=True)
 class Target:
-    """What must be reached: ``figure`` at least, or at most, a value.
+    """A bound that keisei's figure must keep.
 
     Attributes:
-        text: What is measured, in words.
-        figure: Takes the measurement's results; ``None`` if something it needs is missing.
+        text: The figure, in words.
+        figure: Computes it from the results; returns ``None`` if a measurement is missing.
     """
 
     text: str
