@@ -7,6 +7,7 @@
     ├── SerializationError (TypeError)     a factory, command or reply that cannot travel
     ├── ManagerStateError (RuntimeError)   used before start, after stop, or from another loop
     ├── CollectTimeout (TimeoutError)      not enough experience in time; nothing was lost
+    ├── LearnerTimeout (TimeoutError)      the learner did not return when the run should end
     ├── PoolExhausted                      restart intensity exceeded, or too few slots are left
     ├── WeightsError (ValueError)          weights that do not fit the ones before them
     │   └── PoisonedWeights                a version that killed its workers, now withdrawn
@@ -68,6 +69,27 @@ class ManagerStateError(KeiseiError, RuntimeError):
 
 class CollectTimeout(KeiseiError, TimeoutError):
     """Too little experience arrived in time; what did arrive stays queued for the next call."""
+
+
+class LearnerTimeout(KeiseiError, TimeoutError):
+    """The learner did not return in time when ``run()`` should end, and was abandoned.
+
+    Attributes:
+        stack: Where the learner's thread, or its coroutine, stood then, as text.
+    """
+
+    def __init__(self, message: str, stack: str = "") -> None:
+        self.message = message
+        self.stack = stack
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        if self.stack:
+            return f"{self.message}\n\nWhere it stands:\n{self.stack.rstrip()}"
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.stack)
 
 
 class PoolExhausted(KeiseiError):

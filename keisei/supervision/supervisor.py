@@ -218,7 +218,9 @@ class Supervisor:
 
         def on_stall(stall: Stall) -> None:
             self._publish(
-                events.WorkerSuspected(worker_id, number, stall.phase, stall.seconds, stall.stacks)
+                events.WorkerSuspected(
+                    worker_id, number, stall.phase, stall.seconds, stall.stacks, stall.state
+                )
             )
 
         one.watch(handle, on_stall)

@@ -19,9 +19,10 @@ from keisei.observers import Observer
 from keisei.supervision.shutdown import to_completion
 from keisei.training.parallel.factory import pickle_factory
 from keisei.training.parallel.pool import Pool
-from keisei.training.parallel.run import Learner
+from keisei.training.parallel.run import Learner, first_weights
 from keisei.training.parallel.seeds import draw_root
 from keisei.training.parallel.streams import EventHub
+from keisei.training.parallel.weights_source import WeightsSource
 from keisei.worker import Worker
 
 if TYPE_CHECKING:
@@ -125,8 +126,13 @@ class Lifecycle:
         self._if_dropped.atexit = False  # workers end with the application
         try:
             await pool.backend.open()
-            first = self._model if self._model is not None else self._learner
-            if first is not None:
+            if self._stop_requested:
+                pool.over.set()
+            first: WeightsSource | None = self._model
+            if first is None and self._learner is not None:
+                grace = self.config.shutdown_timeout
+                first = await first_weights(self._learner, grace=grace, wait_over=self.wait_over)
+            if first is not None and self._stopping is None:
                 await pool.synchronizer.push(first)
             await pool.fill()
         except BaseException:
@@ -161,6 +167,7 @@ class Lifecycle:
     async def _stop(self, pool: Pool) -> None:
         self._state = _State.STOPPING
         self._stop_requested = True
+        pool.over.set()
         try:
             await pool.close()
         finally:
@@ -179,7 +186,12 @@ class Lifecycle:
         """
         self._stop_requested = True
         if self._pool is not None:
+            self._pool.over.set()
             self._pool.flow.wake()
+
+    async def wait_over(self) -> None:
+        """Return when a stop was requested or the pool has failed for good."""
+        await self._started().over.wait()
 
     @property
     def is_stop_requested(self) -> bool:

@@ -113,6 +113,11 @@ class ModelSynchronizer:
 
     # when
 
+    @property
+    def last_sync_step(self) -> int:
+        """The step of the last completed synchronization; 0 before the first."""
+        return self._last_sync_step
+
     def should_sync(self, step: int) -> bool:
         """Return whether ``sync_interval`` steps or more have passed since the last one."""
         return step - self._last_sync_step >= self.sync_interval

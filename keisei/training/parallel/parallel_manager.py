@@ -15,6 +15,7 @@ from keisei.observers import Observer
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
 from keisei.training.parallel.lifecycle import Lifecycle
+from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import RunReport, TrainingLoop
 from keisei.training.parallel.snapshots import PreparedModel
@@ -161,6 +162,11 @@ class ParallelManager(Lifecycle):
             ManagerStateError: The manager is not running.
         """
         return await self._usable().synchronizer.snapshot()
+
+    @property
+    def synchronizer(self) -> ModelSynchronizer:
+        """The owner of the pool's weights: when they are due, their counts, and snapshots."""
+        return self._started(any_loop=True).synchronizer
 
     @property
     def weights_version(self) -> int:
@@ -336,9 +342,15 @@ class ParallelManager(Lifecycle):
         A pool that is running already is left running at the end. When cancelled, the update
         being learned is finished, every worker is ended, and the cancellation goes on.
 
+        A learner that hangs cannot keep the run: ``learn`` is waited for at most
+        ``shutdown_timeout`` after a cancellation, two seconds more after a second one; and after
+        ``request_stop``, ``stop`` or ``max_seconds`` as long, or twice the longest update before
+        it if that is longer. Then its thread is abandoned where it stands, and the error has its
+        stack: the cancellation as a note, any other end as ``LearnerTimeout``.
+
         Args:
             max_steps: End after the update that brings the environment steps to this number.
-            max_seconds: End after this time, checked between updates.
+            max_seconds: End after this time, with the update that is being learned then.
             steps_per_update: Gather at least this many steps for each ``learn``; ``None`` takes
                 one round in sync mode, and whatever is here in async mode.
 
@@ -349,7 +361,9 @@ class ParallelManager(Lifecycle):
             ManagerStateError: There is no learner, or the manager has served.
             WorkerStartError: A worker's first start failed.
             PoolExhausted: The restart policy was exceeded.
-            Exception: Whatever the learner raised; the workers are gone then.
+            LearnerTimeout: The learner did not return in time when the run should end.
+            BaseException: Whatever the learner raised, as told in ``Learner``; the workers are
+                gone then.
         """
         if self._learner is None:
             raise ManagerStateError(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,7 @@ class Pool:
         backend: Starts processes.
         num_workers: Slots that are wanted.
         is_paused: Whether workers are to stand still.
+        over: Set when the pool has failed for good, or a stop was requested.
         seed: The root of all seeds.
     """
 
@@ -53,6 +55,7 @@ class Pool:
         self.seed = seed
         self.num_workers = config.num_workers
         self.is_paused = False
+        self.over = asyncio.Event()
         self._factory = factory
         self._publish = publish
         self._devices = self._resolve_devices()
@@ -239,6 +242,7 @@ class Pool:
 
     def on_failed(self) -> None:
         """Called when the pool has failed for good: wake everybody who waits for experiences."""
+        self.over.set()
         self.flow.wake()
 
     def on_cancelled(self) -> None:
