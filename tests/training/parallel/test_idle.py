@@ -58,6 +58,5 @@ async def test_an_idle_worker_does_not_wake_up(make_manager, worker, state):
         after = wake_ups(pid), wake_ups(launch.server.pid)
         assert after[0] - before[0] <= TOLERATED
         assert after[1] == before[1]
-        for _ in range(5):
+        while wake_ups(pid) == after[0]:  # what wakes it up is counted
             assert await manager.send_command("worker_id", worker_ids=[1]) == {1: 1}
-        assert wake_ups(pid) > after[0], "they are counted"
