@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from keisei.naming import public
+
 if TYPE_CHECKING:
     import torch
 
 
+@public
 @dataclass(slots=True, eq=False, repr=False)
 class ExperienceBatch:
     """Named tensors that one ``collect`` of one worker returned.

@@ -23,6 +23,7 @@ from keisei.ipc import serialize
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.weights import HasStateDict, WeightsPublisher, tensors_of
+from keisei.naming import public
 from keisei.protocol import messages
 from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.training.parallel.batch import ExperienceBatch
@@ -55,6 +56,7 @@ class QueueInfo:
     control_queue_sizes: tuple[int, ...]
 
 
+@public
 class WorkerCommunicator:
     """The pool's queues: a set for each slot, made anew for each process in it.
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from keisei.exceptions import ConfigurationError, WeightsError
+from keisei.naming import public
 
 # Level 1: trained weights are close to noise, and the higher levels take many times as long for
 # one or two percent.
@@ -104,6 +105,7 @@ class SyncStats:
     ratio: float
 
 
+@public
 class ModelSynchronizer:
     """Says when weights are due, and makes and applies snapshots of a model.
 

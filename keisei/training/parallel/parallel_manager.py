@@ -29,6 +29,7 @@ from keisei.events import (
 )
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
 from keisei.ipc.weights import HasStateDict, tensors_of
+from keisei.naming import public
 from keisei.observers import Observer, ObserverSet
 from keisei.supervision.shutdown import to_completion
 from keisei.training.parallel.batch import ExperienceBatch
@@ -50,6 +51,7 @@ class _State(enum.StrEnum):
     STOPPED = "stopped"
 
 
+@public
 class ParallelManager:
     """Runs a pool of workers from inside an asyncio application.
 
