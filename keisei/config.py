@@ -16,6 +16,7 @@ from pydantic import (
 
 from keisei.devices import device_problem
 from keisei.exceptions import ConfigurationError
+from keisei.naming import public
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeSeconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -65,6 +66,7 @@ def _nearest(*, value: object, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+@public
 class RestartPolicy(_Values, frozen=True):
     """How often, and how soon, the pool restarts a worker that failed.
 
@@ -97,6 +99,7 @@ class RestartPolicy(_Values, frozen=True):
         return cap
 
 
+@public
 class ParallelConfig(_Values, frozen=True):
     """The options of a pool. Every timeout is in seconds.
 
