@@ -13,7 +13,7 @@ from hypothesis import settings
 
 import pool_workers
 from keisei.backends.local import warm_fork_server
-from keisei.training.parallel import rhythm
+from keisei.protocol import coalescer
 from keisei.training.parallel.parallel_manager import ParallelManager
 
 pytest_plugins = ["keisei.testing.pytest_plugin"]
@@ -96,6 +96,6 @@ def force_rests(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         def always(_: object, now: float, count: int, outstanding: int) -> float | None:
             return now + seconds if count and outstanding else None
 
-        monkeypatch.setattr(rhythm.Rhythm, "next_look", always)
+        monkeypatch.setattr(coalescer.Coalescer, "next_look", always)
 
     return force

@@ -49,7 +49,7 @@ def test_nobody_rests_where_frames_come_one_at_a_time():
     assert after_steady(0.00005, 4) is None
 
 
-def test_a_rhythm_is_known_after_two_looks():
+def test_a_pace_is_known_after_two_looks():
     """Not before, and not after a pause either."""
     coalescer = Coalescer()
     assert coalescer.next_look(100.000, 1, 8) is None
