@@ -219,7 +219,7 @@ class Pool:
                 device=self._devices[worker_id],
                 weights_version=self.synchronizer.version,
                 threads=self.config.threads_per_worker,
-                slots=self.config.max_queue_size,
+                cells=self.config.max_queue_size,
                 # Every process begins paused: a pause that comes while it starts must hold for
                 # it too.
                 paused=True,
