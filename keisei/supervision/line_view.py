@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from keisei.protocol.line import Line
 from keisei.supervision.incarnation import Incarnation
@@ -22,10 +23,20 @@ class LineView(Mapping[int, Line]):
         self._holds = holds
 
     def __getitem__(self, worker_id: int) -> Line:
-        line = self._incarnations[worker_id].line
-        if line is None or not self._holds(worker_id):
+        one = self._incarnations[worker_id]
+        if one.line is None or not self._holds(worker_id):
             raise KeyError(worker_id)
-        return line
+        return one.line
+
+    def get(self, worker_id: int, default: Any = None) -> Any:
+        """Return a line, or ``default`` if there is none: every batch's path."""
+        one = self._incarnations.get(worker_id)
+        if one is None or one.line is None or not self._holds(worker_id):
+            return default
+        return one.line
+
+    def __contains__(self, worker_id: object) -> bool:
+        return isinstance(worker_id, int) and self.get(worker_id) is not None
 
     def __iter__(self) -> Iterator[int]:
         return iter([worker_id for worker_id in sorted(self._incarnations) if worker_id in self])
