@@ -38,8 +38,16 @@ class LineView(Mapping[int, Line]):
     def __contains__(self, worker_id: object) -> bool:
         return isinstance(worker_id, int) and self.get(worker_id) is not None
 
+    def now(self) -> dict[int, Line]:
+        """Return the lines that there are at this moment, in the order of the slots."""
+        return {
+            worker_id: one.line
+            for worker_id, one in sorted(self._incarnations.items())
+            if one.line is not None and self._holds(worker_id)
+        }
+
     def __iter__(self) -> Iterator[int]:
-        return iter([worker_id for worker_id in sorted(self._incarnations) if worker_id in self])
+        return iter(self.now())
 
     def __len__(self) -> int:
-        return sum(worker_id in self for worker_id in self._incarnations)
+        return len(self.now())

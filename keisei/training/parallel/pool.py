@@ -142,7 +142,7 @@ class Pool:
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
         self.is_paused = True
-        lines = dict(self.ready)
+        lines = self.ready.now()
         try:
             await self.communicator.pause(list(lines), timeout)
         except WorkerLost as lost:
