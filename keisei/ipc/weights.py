@@ -18,7 +18,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,7 +26,6 @@ from keisei.exceptions import WeightsError
 from keisei.ipc import forks, memory
 from keisei.ipc.layout import Layout, Views, describe
 from keisei.ipc.memory import PAGE, round_up
-from keisei.ipc.tensors import special_kind
 
 BUFFERS = 2
 """Two: what lies beside the newest version is the one before it, as ``revert`` needs."""
@@ -252,35 +251,3 @@ class WeightsReader:
             _fence()
             if self._arena.words[_STAMPS + version % BUFFERS] == version:
                 return version
-
-
-class HasStateDict(Protocol):
-    """A module, a learner, or anything else that names its tensors."""
-
-    def state_dict(self) -> Mapping[str, torch.Tensor]:
-        """Return the tensors by name."""
-        ...
-
-
-def tensors_of(source: HasStateDict | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the named tensors of a module or a state dict, without copying.
-
-    Raises:
-        WeightsError: It holds something that is not a dense tensor, or nothing.
-    """
-    state: Mapping[str, Any] = source if isinstance(source, Mapping) else source.state_dict()
-    bad = [f"{name} is {flaw}" for name, value in state.items() if (flaw := _flaw(value))]
-    if bad:
-        raise WeightsError("weights must be dense tensors: " + "; ".join(bad))
-    if not state:
-        raise WeightsError("weights must hold at least one tensor; this state dict is empty")
-    return dict(state)
-
-
-def _flaw(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__qualname__}"
-    kind = special_kind(value)
-    if kind == "meta":
-        return "on the meta device and has no values"
-    return f"a {kind} tensor" if kind else ""
