@@ -7,6 +7,7 @@ another one by SIGBUS. Where the kernel refuses seals, memory is shared without 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -19,6 +20,8 @@ from typing import Any
 from keisei.ipc import forks, kernel
 
 PAGE = mmap.PAGESIZE
+_OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What keeps this process from mapping anything; any other error is about the descriptor."""
 
 
 class NotShared(ValueError):
@@ -80,8 +83,8 @@ def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.m
 
     Raises:
         NotShared: It is not memory from ``create``, its size could still be changed, or is not
-            ``size``. Nothing was mapped.
-        OSError: It cannot be mapped.
+            ``size``, or it was opened in a way that refuses such a mapping. Nothing was mapped.
+        OSError: This process can map no more: it has no descriptors or addresses left.
     """
     try:
         status = os.fstat(fd)
@@ -94,6 +97,12 @@ def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.m
             if seals is None or seals & kernel.SIZE_SEALS != kernel.SIZE_SEALS:
                 raise NotShared("the size of shared memory is not sealed")
         return _mapped(fd, status.st_size, writable=writable)
+    except OSError as error:
+        if error.errno in _OUR_LIMITS:
+            raise
+        raise NotShared(f"shared memory cannot be mapped: {error.strerror}") from error
+    except OverflowError as error:
+        raise NotShared("shared memory is larger than any address") from error
     finally:
         os.close(fd)
 
