@@ -6,6 +6,8 @@ another one by SIGBUS. Where the kernel refuses seals, memory is shared without 
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -22,6 +24,8 @@ from keisei.ipc import forks, kernel
 PAGE = mmap.PAGESIZE
 _OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """What keeps this process from mapping anything; any other error is about the descriptor."""
+_SLOW_TO_UNMAP = 1 << 23
+"""Bytes from which on a mapping is unmapped in a thread."""
 
 
 class NotShared(ValueError):
@@ -152,16 +156,41 @@ def readable(whole: mmap.mmap) -> ctypes.Array[Any]:
     return kept
 
 
+class Region:
+    """A mapping that is kept by all that lies on it.
+
+    The last of them to go has it unmapped: a large one in a thread of its own, because that takes
+    tens of milliseconds, in which an event loop would stand still.
+    """
+
+    __slots__ = ("address", "generation", "map")
+
+    def __init__(self, whole: mmap.mmap) -> None:
+        """Take ``whole`` over; it must be writable."""
+        self.map = whole
+        self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(whole))
+        self.generation = forks.generation
+
+    def __del__(self) -> None:
+        if len(self.map) >= _SLOW_TO_UNMAP and self.generation == forks.generation:
+            # Not threading.Thread, which takes locks: this may be the garbage collector's call.
+            with contextlib.suppress(RuntimeError):  # no room for a thread: it is unmapped here
+                _thread.start_new_thread(self.map.close, ())
+
+
 def part(
-    whole: mmap.mmap, start: int, nbytes: int, on_unused: Callable[[], object]
+    region: Region, start: int, nbytes: int, on_unused: Callable[[], object]
 ) -> ctypes.Array[Any]:
-    """Return a buffer on a part of ``whole``.
+    """Return a buffer on a part of ``region``.
 
     Whatever is built on the buffer keeps it alive; when nothing does any more, ``on_unused`` is
     called, in whatever thread that happens. A forked child that lets go of its copy calls nothing:
     the part is its parent's.
     """
-    buffer = _buffer_type(nbytes).from_buffer(whole, start)
+    if not 0 <= start <= start + nbytes <= len(region.map):
+        raise ValueError(f"bytes {start} to {start + nbytes} are not in {len(region.map)}")
+    buffer = _buffer_type(nbytes).from_address(region.address + start)
+    buffer.region = region
     buffer.on_unused = on_unused
     buffer.generation = forks.generation
     part: ctypes.Array[Any] = buffer

@@ -175,19 +175,20 @@ class _Spare:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._free: mmap.mmap | None = None
+        self._free: memory.Region | None = None
 
     def take(self) -> ctypes.Array[Any]:
         """Return a buffer that is the caller's alone as long as anything refers to it."""
         block, self._free = self._free, None
         if block is None:
-            block = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            fresh = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
-                    block.madvise(mmap.MADV_HUGEPAGE)
+                    fresh.madvise(mmap.MADV_HUGEPAGE)
+            block = memory.Region(fresh)
         return memory.part(block, 0, self._nbytes, functools.partial(self._give_back, block))
 
-    def _give_back(self, block: mmap.mmap) -> None:
+    def _give_back(self, block: memory.Region) -> None:
         if self._nbytes <= _KEPT:
             self._free = block
 

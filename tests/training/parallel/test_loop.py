@@ -156,7 +156,6 @@ async def test_large_batches_do_not_block_the_loop(make_manager):
                     await manager.collect(min_steps=2)
 
 
-@pytest.mark.xfail(reason="the memory of all experiences is unmapped in the loop")
 async def test_the_end_of_a_pool_of_large_batches_does_not_block_the_loop(make_manager):
     """Half a gigabyte of shared memory is given back beside it."""
     async with fail_after(60):
