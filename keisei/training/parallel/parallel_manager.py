@@ -324,7 +324,7 @@ class ParallelManager(Lifecycle):
         Raises:
             TypeError: It has no ``on_event``.
         """
-        self._hub.observers.add(observer)
+        self._observers.add(observer)
 
     def publish_update(self, event: UpdateCompleted) -> None:
         """Tell observers and event streams that an update of ``run`` was completed."""
