@@ -122,10 +122,6 @@ async def test_replies_of_many_values_do_not_block_the_loop(make_manager):
         assert len(reply[0][0]) == 300_000
 
 
-@pytest.mark.xfail(
-    strict=False,  # a machine with much to do hides it sometimes
-    reason="the thread that unpickles holds the interpreter's lock while it copies",
-)
 async def test_large_replies_do_not_block_the_loop(make_manager):
     """Received in shares and unpickled in a thread, which lets others run."""
     async with fail_after(60):
@@ -140,7 +136,6 @@ async def test_large_replies_do_not_block_the_loop(make_manager):
         assert len(reply[0][0]) == 128 * MIB
 
 
-@pytest.mark.xfail(reason="what comes with an experience is unpickled in the loop")
 async def test_large_info_does_not_block_the_loop(make_manager):
     """Whatever an experience brings along."""
     async with fail_after(60):
@@ -161,7 +156,6 @@ async def test_large_batches_do_not_block_the_loop(make_manager):
                     await manager.collect(min_steps=2)
 
 
-@pytest.mark.xfail(reason="the memory of all experiences is unmapped in the loop")
 async def test_the_end_of_a_pool_of_large_batches_does_not_block_the_loop(make_manager):
     """Half a gigabyte of shared memory is given back beside it."""
     async with fail_after(60):
