@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 
-from keisei.child.process import Inherited, flush, is_cut
+from keisei.child.ending import leave
+from keisei.child.process import Inherited, is_cut
 
 _GOING = 0.3
 """Seconds in which an application that is ending has closed all that it had open."""
@@ -15,20 +15,24 @@ _GOING = 0.3
 async def serve_worker() -> None:
     """Serve one incarnation in this process; the entry of every worker process."""
     from keisei.child.isolation import OwnProcess
+    from keisei.child.loops import forget_current_loop
     from keisei.child.runtime import WorkerRuntime
     from keisei.protocol.endpoints import WorkerEndpoints
 
+    forget_current_loop()
     ends = WorkerEndpoints.attach(list(Inherited.fds))
-    code = await WorkerRuntime(ends, OwnProcess()).serve()
+    isolation = OwnProcess()
+    code = await WorkerRuntime(ends, isolation).serve()
     if ends.control.ended is not None:
         # The queues of an application that is killed may end before its lifeline, which takes this
         # whole group along. Leaving now would leave children of this process behind.
         is_cut(Inherited.lifeline, _GOING)
     if code:
-        # Everything was told in frames; leave without multiprocessing's own report.
+        # Everything was told in frames; leave without multiprocessing's own report, and without
+        # waiting for threads.
         await asyncio.get_running_loop().shutdown_asyncgens()
-        flush()
-        os._exit(code)
+        with isolation:
+            leave(code)
 
 
 def tell_failure(error: BaseException) -> None:

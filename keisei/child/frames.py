@@ -1,0 +1,30 @@
+"""Whole frames in and out of a worker."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+from keisei.exceptions import QueueEnded
+from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_writer import FrameWriter
+
+Tell = Callable[[Any], Awaitable[None]]
+"""Sends a message to the application."""
+
+
+def arrived(reader: FrameReader) -> Iterator[tuple[memoryview, list[int]]]:
+    """Take the frames that have arrived; what comes meanwhile is the next event's."""
+    with contextlib.suppress(QueueEnded):
+        frame = reader.pop()
+        while frame is not None:
+            yield frame
+            frame = reader.pop() if reader.has_news else None
+
+
+async def send(writer: FrameWriter, payload: bytes, fds: Sequence[int] = ()) -> None:
+    """Send a frame whole, before the next collect keeps the loop from it."""
+    await writer.put(payload, fds=fds)
+    if writer.is_sending:
+        await writer.flush()
