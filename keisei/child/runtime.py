@@ -18,7 +18,7 @@ from keisei.child.hooks import HookFailed, Hooks
 from keisei.child.isolation import Isolation
 from keisei.child.loading import Loading, why_no_weights
 from keisei.child.wear import worn_out
-from keisei.exceptions import QueueEnded, WeightsError
+from keisei.exceptions import QueueEnded, QueueError, WeightsError
 from keisei.ipc import serialize
 from keisei.ipc.status import Phase
 from keisei.protocol import messages
@@ -105,7 +105,10 @@ class WorkerRuntime:
         finally:
             if self._hooks.collecting is not None:
                 self._hooks.collecting.cancel()
-            self._closing.close()
+            if self._isolation.is_shared:
+                self._closing.close()
+            # Else the queues end with the process, which is trusted until then: it has told why
+            # it ends, but its exit handlers may take a while.
 
     # the start
 
@@ -282,14 +285,21 @@ class WorkerRuntime:
         await send(self._ends.reply, messages.pack(message))
 
     async def _tell_failure(self, failure: HookFailed) -> None:
-        await self._tell(
-            messages.Failed(
-                failure.phase.name.lower(),
-                failure.summary,
-                failure.traceback,
-                during_start=not self._is_ready,
-            )
+        await self._tell(self._failed(failure))
+
+    def _failed(self, failure: HookFailed) -> messages.Failed:
+        return messages.Failed(
+            failure.phase.name.lower(),
+            failure.summary,
+            failure.traceback,
+            during_start=not self._is_ready,
         )
+
+    def tell_escape(self, error: BaseException) -> None:
+        """Tell of an error that has stopped the whole event loop, as of one of a hook."""
+        failure = HookFailed(self._status.phase, error)
+        with contextlib.suppress(QueueError):  # nothing more can be told
+            self._ends.reply.put_nowait(messages.pack(self._failed(failure)))
 
 
 @types.coroutine
