@@ -16,6 +16,7 @@ from pydantic import (
 
 from keisei.devices import device_problem
 from keisei.exceptions import ConfigurationError
+from keisei.naming import public
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeSeconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -65,12 +66,14 @@ def _nearest(*, value: object, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+@public
 class RestartPolicy(_Values, frozen=True):
     """How often, and how soon, the pool restarts a worker that failed.
 
     Attributes:
         max_restarts: Failures that ``restart_window`` may hold (OTP's restart intensity); with one
-            more the pool escalates, as ``on_exhausted`` says.
+            more the pool escalates, as ``on_exhausted`` says. It is meant for up to eight slots;
+            a larger pool may fail in proportion to its slots.
         restart_window: Seconds for which a failure counts.
         backoff_base: Seconds. The first restart of a slot is immediate; before the restart that
             follows the n-th failure in a row the pool waits a random time, at most
@@ -97,6 +100,7 @@ class RestartPolicy(_Values, frozen=True):
         return cap
 
 
+@public
 class ParallelConfig(_Values, frozen=True):
     """The options of a pool. Every timeout is in seconds.
 

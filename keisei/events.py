@@ -7,6 +7,8 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from keisei.naming import public
+
 
 class ExitCause(enum.StrEnum):
     """Why a worker's process ended."""
@@ -59,6 +61,7 @@ def signal_name(exitcode: int | None) -> str | None:
         return f"signal {-exitcode}"
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Incident:
     """The record of one failure.

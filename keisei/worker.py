@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from keisei import state_dicts
 from keisei.exceptions import WeightsError
+from keisei.naming import public
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ def _nothing(*_: object) -> None:
     """Do nothing, in a context that was made by hand."""
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
     """What a worker is told about itself, once, in ``setup``.
@@ -49,6 +51,7 @@ class WorkerContext:
         self._progress()
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Experience:
     """What one ``collect`` returns.
@@ -65,6 +68,7 @@ class Experience:
     num_steps: int | None = None
 
 
+@public
 class Worker:
     """User code that runs in a process of its own; subclass it and override the hooks.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import pickle
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -53,7 +52,7 @@ class Stage:
             device="cpu",
             weights_version=weights_version,
             threads=torch.get_num_threads(),
-            slots=4,
+            cells=4,
             paused=False,
             max_experiences=None,
             max_rss=None,
@@ -98,9 +97,8 @@ class Stage:
     async def _next(queue: AsyncQueue[Any]) -> Any:
         assert queue.reader is not None
         payload, fds = await queue.reader.get()
-        for fd in fds:
-            os.close(fd)
-        return messages.unpack(payload)
+        fds.close()
+        return messages.unpack(payload, messages.REPLY | messages.EXPERIENCE)
 
     def close(self) -> None:
         for queue in (self.control, self.model, self.reply, self.experience):

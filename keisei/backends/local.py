@@ -18,6 +18,7 @@ from keisei.child.process import STACKS_SIGNAL
 from keisei.exceptions import ManagerStateError
 from keisei.ipc import memory
 from keisei.ipc.threads import aside, in_thread
+from keisei.naming import public
 from keisei.protocol.endpoints import WorkerEndpoints
 
 _PROCESS_GROUP = 1 << 2
@@ -282,7 +283,7 @@ class LocalProcess:
 
     def _settle(self, code: int | None) -> None:
         self._unwatch()
-        if not self._exit.done():
+        if not self._exit.done() and not self._loop.is_closed():
             self._exit.set_result(code)
 
     def terminate(self) -> None:
@@ -347,6 +348,7 @@ class LocalProcess:
         self._process.close()
 
 
+@public
 @contextlib.contextmanager
 def warm_fork_server() -> Iterator[None]:
     """Keep the fork server running between managers, so that each starts in milliseconds.

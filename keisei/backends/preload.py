@@ -6,6 +6,8 @@ import pickletools
 import sys
 import types
 
+from keisei.naming import home_of
+
 OWN_MODULES = ("torch", "keisei.backends.process", "keisei.child.runtime")
 _NEVER = {"__main__", "__mp_main__", "builtins"}
 
@@ -52,5 +54,5 @@ def _module_of(value: object) -> str:
     if isinstance(value, types.ModuleType):
         return value.__name__
     if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        return value.__module__ or ""
-    return type(value).__module__
+        return home_of(value)
+    return home_of(type(value))

@@ -31,8 +31,8 @@ class Commands:
 
     async def obey(self, worker: Worker) -> None:
         """Handle every frame that has arrived, in order."""
-        for payload, _ in arrived(self._control):
-            message = messages.unpack(payload)
+        for payload, fds in arrived(self._control):
+            message = messages.unpack(payload, messages.CONTROL, fds)
             if isinstance(message, messages.Command):
                 await self._answer(worker, message)
             elif isinstance(message, messages.Pause):

@@ -31,13 +31,13 @@ class Delivery:
         has_ended: Nobody takes experiences any more.
     """
 
-    def __init__(self, writer: FrameWriter, status: StatusLine, slots: int, seed: int) -> None:
-        """Make the memory for ``slots`` experiences that wait, one in use and one in the making."""
+    def __init__(self, writer: FrameWriter, status: StatusLine, cells: int, seed: int) -> None:
+        """Make the memory for ``cells`` experiences that wait, one in use and one in the making."""
         self.has_ended = False
         self._writer = writer
         self._status = status
         self._seed = seed
-        self._ring = RingWriter(slots + 2)
+        self._ring = RingWriter(cells + 2)
         self._told_layout: Layout | None = None
 
     def take_credits(self) -> None:
@@ -69,19 +69,19 @@ class Delivery:
         """
         try:
             experience = result if isinstance(result, Experience) else Experience(result)
-            place, fds = self._ring.write(experience.data)
+            ref, fds = self._ring.write(experience.data)
             info = experience.info
             committed = self._status.committed
             payload = messages.pack(
                 messages.ExperienceFrame(
                     sequence=committed,
                     version=version,
-                    segment=place.segment,
-                    slot=place.slot,
-                    stride=place.stride,
-                    layout=None if place.layout is self._told_layout else place.layout,
-                    new_segment=bool(fds),
-                    num_steps=_num_steps(experience, place.layout),
+                    segment=ref.segment,
+                    segment_nbytes=ref.segment_nbytes if fds else 0,
+                    cell=ref.cell,
+                    stride=ref.stride,
+                    layout=None if ref.layout is self._told_layout else ref.layout,
+                    num_steps=_num_steps(experience, ref.layout),
                     info=serialize.dumps(dict(info), "Experience.info") if info else None,
                     seed=self._seed,
                 )
@@ -92,7 +92,7 @@ class Delivery:
         if committed & _RSS_MASK == 0:
             self._status.rss = peak_memory()
         await send(self._writer, payload, fds)
-        self._told_layout = place.layout
+        self._told_layout = ref.layout
         if fds:
             self._ring.told()
 

@@ -7,14 +7,15 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from keisei.exceptions import QueueEnded
-from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_reader import Frame, FrameReader
 from keisei.ipc.frame_writer import FrameWriter
+from keisei.ipc.wire import Payload
 
 Tell = Callable[[Any], Awaitable[None]]
 """Sends a message to the application."""
 
 
-def arrived(reader: FrameReader) -> Iterator[tuple[memoryview, list[int]]]:
+def arrived(reader: FrameReader) -> Iterator[Frame]:
     """Take the frames that have arrived; what comes meanwhile is the next event's."""
     with contextlib.suppress(QueueEnded):
         frame = reader.pop()
@@ -23,7 +24,7 @@ def arrived(reader: FrameReader) -> Iterator[tuple[memoryview, list[int]]]:
             frame = reader.pop() if reader.has_news else None
 
 
-async def send(writer: FrameWriter, payload: bytes, fds: Sequence[int] = ()) -> None:
+async def send(writer: FrameWriter, payload: Payload, fds: Sequence[int] = ()) -> None:
     """Send a frame whole, before the next collect keeps the loop from it."""
     await writer.put(payload, fds=fds)
     if writer.is_sending:

@@ -65,9 +65,9 @@ class Loading:
     def take_announcements(self) -> None:
         """Take in what was announced up to now."""
         for payload, fds in arrived(self._announcements):
-            message = messages.unpack(payload)
+            message = messages.unpack(payload, messages.MODEL, fds)
             if isinstance(message, messages.Arena):
-                self._reader = WeightsReader(fds[0], message.layout)
+                self._reader = WeightsReader(fds.claim(), message.layout)
             elif message.acknowledge:
                 self._owed_version = max(self._owed_version, message.version)
 

@@ -114,9 +114,9 @@ class WorkerRuntime:
 
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
-        self._hello = hello = messages.unpack(frame)
+        self._hello = hello = messages.unpack(frame, messages.CONTROL)
         self._commands.paused = hello.paused
-        self._delivery = Delivery(self._ends.experience, self._status, hello.slots, hello.seed)
+        self._delivery = Delivery(self._ends.experience, self._status, hello.cells, hello.seed)
         self._closing.callback(self._delivery.close)
         self._ends.control.listen(self._wake.set)
         self._ends.model.listen(self._wake.set)

@@ -176,13 +176,13 @@ class Line:
                 )
             )
 
-    def announce(self, message: Any, fd: int | None = None) -> None:
-        """Send a frame about weights, unless the worker is dying or has 200 such frames unread.
+    def announce(self, frame: Any, fd: int | None = None) -> None:
+        """Send a packed frame about weights, unless the worker is dying or has 200 of them unread.
 
         A worker that misses an announcement owes the newest weights all the same.
         """
         with contextlib.suppress(QueueWouldBlock, QueueEnded, QueueClosed):
-            self.model.put_nowait(messages.pack(message), [] if fd is None else [fd])
+            self.model.put_nowait(frame, [] if fd is None else [fd])
             self._tell_work()
 
     def ask_for_version(self, version: int) -> asyncio.Future[int]:
@@ -194,7 +194,7 @@ class Line:
         if self._lost is not None:
             future.set_exception(copy_of(self._lost))
         else:
-            self.announce(messages.Announcement(version, acknowledge=True))
+            self.announce(messages.pack(messages.Announcement(version, acknowledge=True)))
         return future
 
     def _tell_work(self) -> None:

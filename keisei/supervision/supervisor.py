@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from keisei import events
@@ -21,6 +21,7 @@ from keisei.protocol.line import Line
 from keisei.supervision import machine
 from keisei.supervision.exits import Verdict, classify
 from keisei.supervision.incarnation import Incarnation, PoolPort
+from keisei.supervision.line_view import LineView
 from keisei.supervision.process import ProcessHandle
 from keisei.supervision.slots import Slot, SlotStatus, SlotTable
 from keisei.supervision.stalls import Stall
@@ -57,8 +58,8 @@ class Supervisor:
         self.incidents: list[Incident] = []
         self.num_restarts = 0
         self.failure: Exception | None = None
-        self.lines: Mapping[int, Line] = _Lines(self, lambda _: True)
-        self.ready: Mapping[int, Line] = _Lines(self, self.is_ready)
+        self.lines: Mapping[int, Line] = LineView(self._incarnations, lambda _: True)
+        self.ready: Mapping[int, Line] = LineView(self._incarnations, self.is_ready)
         self._table = SlotTable(
             policy=config.restart,
             min_workers=config.min_workers,
@@ -361,26 +362,6 @@ class Supervisor:
             )
         self._publish(events.PoolEscalated(incident))
         self.fail(failure)
-
-
-class _Lines(Mapping[int, Line]):
-    """A view of the supervisor's table: the lines of the workers for which ``holds`` is true."""
-
-    def __init__(self, supervisor: Supervisor, holds: Callable[[int], bool]) -> None:
-        self._supervisor = supervisor
-        self._holds = holds
-
-    def __getitem__(self, worker_id: int) -> Line:
-        incarnation = self._supervisor.running(worker_id)
-        if incarnation is None or incarnation.line is None or not self._holds(worker_id):
-            raise KeyError(worker_id)
-        return incarnation.line
-
-    def __iter__(self) -> Iterator[int]:
-        return iter([key for key in self._supervisor.slots if key in self])
-
-    def __len__(self) -> int:
-        return sum(key in self for key in self._supervisor.slots)
 
 
 def _lost(one: Incarnation, why: str, incident: Incident | None = None) -> WorkerLost:

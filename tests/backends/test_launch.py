@@ -294,7 +294,7 @@ def test_a_missing_guard_is_a_clear_error(tmp_path):
         for _ in ("forkserver", "spawn"):
             told = application.hear()
             assert told.startswith(
-                "worker 0 could not start: keisei.exceptions.ManagerStateError: a worker process "
+                "worker 0 could not start: keisei.ManagerStateError: a worker process "
                 "has imported the main script, which started a pool again; put what the script "
                 "does under 'if __name__ == \"__main__\":'\n"
             )

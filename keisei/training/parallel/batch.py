@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from keisei.naming import public
 from keisei.protocol.batches import PendingBatch
 
 if TYPE_CHECKING:
     import torch
 
 
+@public
 @dataclass(slots=True, eq=False, repr=False)
 class ExperienceBatch:
     """Named tensors that one ``collect`` of one worker returned.

@@ -13,6 +13,7 @@ from keisei.ipc import serialize
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.threads import to_the_end
+from keisei.naming import public
 from keisei.protocol import messages
 from keisei.protocol.batches import PendingBatch
 from keisei.protocol.endpoints import WorkerEndpoints
@@ -42,6 +43,7 @@ class QueueInfo:
     control_queue_sizes: tuple[int, ...]
 
 
+@public
 class WorkerCommunicator:
     """The pool's queues: a line for each slot, made anew for each process in it.
 
@@ -172,7 +174,7 @@ class WorkerCommunicator:
         """
         lines = self._chosen(worker_ids)  # now: a successor was not asked
         what = f"the data of command {command!r}"
-        if serialize.estimated_size(data) > serialize.LARGE:
+        if serialize.is_large(data):
             payload = await to_the_end(lambda: serialize.dumps(data, what))
         else:
             payload = serialize.dumps(data, what)

@@ -1,8 +1,8 @@
-"""Calls a learner's methods: where they block nobody, bounded in time, and with every error told.
+"""Calls a learner's methods off the event loop, for a bounded time, and passes on every error.
 
 A plain method runs in a daemon thread of the learner's own, a coroutine in a task of its own. The
-thread is neither the loop's executor, which the application may have filled, nor an executor of
-ours, which the interpreter would join at its exit: a learner that hangs would keep the program.
+loop's executor is not used, because the application may have filled it; nor is an executor of our
+own, because the interpreter joins its threads at exit, and a learner that hangs would hold it up.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _PACE = 2.0
 """At an orderly end an update may take as many times as long as the longest one before it."""
 
 _UNWAITABLE = (StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError)
-"""Errors that steer whoever waits for them: raised by a learner, they would be taken for an
-iterator's end or for a cancellation of the run, and the error would be lost."""
+"""Errors with a meaning for the code that waits: it would take them for the end of an iterator or
+for a cancellation of the run, and the learner's error would be lost."""
 
 _abandoned: list[tuple[object, Callable[[], bool]]] = []
 """Learners that a run left behind in a call, each with a function that tells whether it still
@@ -47,10 +47,10 @@ runs. No other run may call such a learner meanwhile."""
 
 @dataclass(slots=True)
 class Outcome:
-    """What a call returned, or what it raised.
+    """The value that a call returned, or the error that it raised.
 
     An error is kept as a value because not every error can be put into a future: CPython refuses
-    StopIteration, and what waits for it never wakes up. KeyboardInterrupt and SystemExit would end
+    StopIteration, and the waiting task never wakes up. KeyboardInterrupt and SystemExit would end
     the event loop from inside the task that made the call.
     """
 
@@ -59,7 +59,7 @@ class Outcome:
 
     @classmethod
     def of(cls, function: Callable[[], Any]) -> Self:
-        """Call ``function`` and keep whatever comes of it."""
+        """Call ``function`` and keep its value or its error."""
         try:
             return cls(function())
         except BaseException as error:  # noqa: BLE001 - raised where the outcome is waited for
@@ -85,7 +85,7 @@ class Outcome:
             del error  # its traceback holds this frame
 
     def drop(self) -> BaseException | None:
-        """Let go of what the call returned, where it is not wanted any more; return its error."""
+        """Discard the value and return the error."""
         if inspect.iscoroutine(self.value):
             self.value.close()  # it was to be awaited, and never begins
         return self.error
@@ -217,18 +217,18 @@ class LearnerCalls:
         trace: TracebackType | None,
     ) -> None:
         self._thread.close()
-        if kind is GeneratorExit:  # the loop is gone with this coroutine in it: await nothing
+        if kind is GeneratorExit:  # the coroutine is being closed and cannot await any more
             return
         self._over.cancel()
         with anyio.CancelScope(shield=True):
             await asyncio.wait([self._over])
 
     async def learn(self, batches: object) -> Any:
-        """Return what ``learn(batches)`` returns; ``batches`` are let go of then.
+        """Call ``learn(batches)`` and return its value; keep no reference to ``batches`` then.
 
         Raises:
             LearnerTimeout: It did not return in time after the run should have ended.
-            BaseException: Whatever it raised; see ``Outcome.get``.
+            BaseException: The learner's own error, as ``Outcome.get`` raises it.
         """
         began = time.monotonic()
         value = await self._call("learn", batches)
@@ -255,11 +255,11 @@ class LearnerCalls:
         return found
 
     async def aside(self, function: Callable[[], Any], method: str) -> Any:
-        """Return what ``function`` returns, called in the thread; errors as in ``learn``.
+        """Call ``function`` in the learner's thread and return its value; errors as in ``learn``.
 
         Args:
-            function: Has to do with what ``method`` returned, such as values on a device.
-            method: Is named in an error.
+            function: Reads the value of ``method``, which may lie on a device.
+            method: The name for errors.
         """
         return (await self._finish(self._thread.call(function), method)).get(method)
 
@@ -316,7 +316,7 @@ class LearnerCalls:
     async def _end(
         self, call: asyncio.Future[Outcome], method: str, cancelled: asyncio.CancelledError
     ) -> None:
-        """Give ``call`` its grace after a cancellation, and tell in it how the call ended."""
+        """Wait for ``call`` after a cancellation, which then tells how the call ended."""
         if isinstance(call, asyncio.Task):
             call.cancel()
         if not await _outlasts(call, self._grace):
@@ -345,7 +345,7 @@ class LearnerCalls:
 
 
 async def _awaited(work: Awaitable[Any]) -> Outcome:
-    """Wait for ``work`` and keep whatever comes of it, in the task that is its own."""
+    """Wait for ``work`` and keep its value or its error; the body of the learner's task."""
     try:
         return Outcome(await work)
     except BaseException as error:  # noqa: BLE001 - raised where the outcome is waited for
@@ -370,8 +370,9 @@ async def _outlasts(call: asyncio.Future[Outcome], seconds: float) -> bool:
 
 
 def _drop(call: asyncio.Future[Outcome]) -> BaseException | None:
-    """Let go of a finished call's outcome; return its error."""
-    return None if call.cancelled() else call.result().drop()  # a task, before its first step
+    """Discard the value of a finished call and return its error."""
+    # A task that was cancelled before its first step has no outcome.
+    return None if call.cancelled() else call.result().drop()
 
 
 def _abandonment(method: str, seconds: float, since: str) -> str:
@@ -382,7 +383,7 @@ def _abandonment(method: str, seconds: float, since: str) -> str:
 
 
 def _stack_of(work: object) -> str:
-    """Return where what a suspended coroutine waits for stands, outermost frame first."""
+    """Return the stack of the coroutines that a suspended coroutine waits for, outermost first."""
     lines: list[str] = []
     inner: Any = getattr(work, "cr_await", None)
     while inner is not None:

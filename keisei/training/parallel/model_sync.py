@@ -7,23 +7,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import torch
+from typing import TYPE_CHECKING
 
 from keisei.exceptions import CommandTimeout, ConfigurationError, PoisonedWeights, WeightsError
-from keisei.ipc.layout import describe
 from keisei.ipc.threads import to_the_end
-from keisei.ipc.weights import WeightsPublisher
-from keisei.protocol import messages
+from keisei.naming import public
 from keisei.protocol.line import Line
 from keisei.training.parallel import snapshots
+from keisei.training.parallel.published import PublishedWeights
 from keisei.training.parallel.snapshots import PackedTensor, PreparedModel, SyncMetadata
-from keisei.training.parallel.weights_source import WeightsSource, tensors_of
+from keisei.training.parallel.weights_source import WeightsSource, state_of
 
-_QUICK_COPY = 1 << 22
-"""Bytes that are copied in the event loop: in less time than a thread takes, or not much more."""
-_QUICK_COUNT = 1000
-"""Tensors that are copied in the event loop."""
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +57,7 @@ def _ignore(version: int, num_bytes: int) -> None:
     """Stand in where nobody needs to hear of a push."""
 
 
+@public
 class ModelSynchronizer:
     """Owns weights: when they are due, their versions, what workers see of them, and snapshots.
 
@@ -95,12 +92,14 @@ class ModelSynchronizer:
             raise ConfigurationError([f"sync_interval = {sync_interval}: must be at least 1"])
         self.sync_interval = sync_interval
         self.compression_enabled = compression_enabled
-        self._check_finite = check_finite
         self._lines = lines
         self._on_pushed = on_pushed
         self._clock = clock
-        self._publisher: WeightsPublisher | None = None
-        self._publishing = asyncio.Lock()
+        self._weights = PublishedWeights(
+            check_finite=check_finite,
+            on_arena=self._introduce_all,
+            on_published=self._published,
+        )
         self._poisoned: PoisonedWeights | None = None
         self._last_sync_step = 0
         self._syncs_completed = 0
@@ -138,7 +137,7 @@ class ModelSynchronizer:
     @property
     def version(self) -> int:
         """The newest version; 0 is none."""
-        return self._publisher.version if self._publisher is not None else 0
+        return self._weights.version
 
     async def push(self, weights: WeightsSource) -> int:
         """Publish weights to all workers and return their version.
@@ -158,26 +157,10 @@ class ModelSynchronizer:
             OSError: There is no memory for the first weights.
         """
         self.raise_if_withdrawn()
-        tensors = tensors_of(weights)
-        async with self._publishing:
-            publisher = self._publisher
-            if publisher is None:
-                self._check_takers()
-                publisher = await self._first(tensors)
-            publisher.check(tensors)
-            is_quick = publisher.num_bytes <= _QUICK_COPY and len(tensors) <= _QUICK_COUNT
-            if is_quick:
-                return self._published(*self._copied(publisher, tensors))
-            # Shielded: a copy that was made is also counted and told.
-            copying = asyncio.ensure_future(to_the_end(lambda: self._copied(publisher, tensors)))
-            try:
-                await asyncio.shield(copying)
-            except asyncio.CancelledError:
-                await asyncio.wait([copying])
-                if copying.exception() is None:
-                    self._published(*copying.result())
-                raise
-            return self._published(*copying.result())
+        state = state_of(weights)
+        if not self._weights.has_memory:
+            self._check_takers()
+        return await self._weights.publish(state)
 
     def _check_takers(self) -> None:
         """Refuse the first weights where a worker could do nothing with them."""
@@ -188,43 +171,19 @@ class ModelSynchronizer:
                 "or define load_weights(weights, version)"
             )
 
-    async def _first(self, tensors: Mapping[str, torch.Tensor]) -> WeightsPublisher:
-        """Make the shared memory and tell every worker where it is."""
-        layout = describe(tensors)
-        if layout.nbytes <= _QUICK_COPY:
-            publisher = WeightsPublisher(layout)
-        else:
-            made: list[WeightsPublisher] = []
-            try:
-                await to_the_end(lambda: made.append(WeightsPublisher(layout)))
-            except BaseException:
-                for unused in made:
-                    unused.close()
-                raise
-            (publisher,) = made
-        self._publisher = publisher
-        for line in list(self._lines.values()):
-            self.introduce(line)
-        return publisher
-
     def introduce(self, line: Line) -> None:
         """Tell a worker where the weights lie, if there are any."""
-        if self._publisher is not None:
-            line.announce(messages.Arena(self._publisher.layout), self._publisher.fd)
+        self._weights.introduce(line)
 
-    def _copied(
-        self, publisher: WeightsPublisher, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[int, bool]:
-        is_finite = not self._check_finite or _is_finite(tensors)
-        return publisher.publish(tensors), is_finite
+    def _introduce_all(self) -> None:
+        for line in list(self._lines.values()):
+            self.introduce(line)
 
-    def _published(self, version: int, is_finite: bool) -> int:
-        num_bytes = self._publisher.num_bytes if self._publisher is not None else 0
+    def _published(self, version: int, num_bytes: int, is_finite: bool) -> None:
         self._num_pushes += 1
         self._bytes_pushed += num_bytes
         self._num_not_finite += not is_finite
         self._on_pushed(version, num_bytes)
-        return version
 
     async def wait_applied(
         self, version: int, worker_ids: Iterable[int] | None = None, *, timeout: float
@@ -267,12 +226,9 @@ class ModelSynchronizer:
         Raises:
             WeightsError: There are none before them.
         """
-        publisher = self._publisher
-        if publisher is None or publisher.version != version:
+        if self.version != version:
             return  # better ones were pushed already
-        if version <= 1:
-            raise WeightsError("there are no weights before these")
-        replacement = publisher.revert()
+        replacement = self._weights.revert()
         self._poisoned = PoisonedWeights(
             f"weights version {version} was withdrawn after the workers that applied it failed; "
             f"version {replacement} holds the previous weights again; last: {why}",
@@ -288,8 +244,7 @@ class ModelSynchronizer:
 
     def close(self) -> None:
         """Give the shared memory back."""
-        if self._publisher is not None:
-            self._publisher.close()
+        self._weights.close()
 
     # snapshots
 
@@ -299,11 +254,8 @@ class ModelSynchronizer:
         Raises:
             WeightsError: None were pushed yet.
         """
-        publisher = self._publisher
-        if publisher is None:
-            raise WeightsError("there is nothing to take a snapshot of: push weights first")
-        async with self._publishing:  # none is written meanwhile
-            return await to_the_end(lambda: self._prepared(publisher.newest()))
+        tensors = await self._weights.newest()
+        return await to_the_end(lambda: self._prepared(tensors))
 
     def prepare_model_for_sync(self, model: torch.nn.Module) -> PreparedModel:
         """Take a snapshot of ``model``: parameters and persistent buffers, bit for bit.
@@ -377,14 +329,6 @@ class ModelSynchronizer:
             bytes_pushed=self._bytes_pushed,
             num_not_finite=self._num_not_finite,
         )
-
-
-def _is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return all(
-        bool(torch.isfinite(tensor).all())
-        for tensor in tensors.values()
-        if tensor.is_floating_point() or tensor.is_complex()
-    )
 
 
 __all__ = ["ModelSynchronizer", "SyncStats"]

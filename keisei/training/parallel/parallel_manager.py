@@ -11,6 +11,7 @@ import anyio.lowlevel
 
 from keisei.events import Incident, PoolPaused, PoolResumed, PoolScaled, UpdateCompleted
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
+from keisei.naming import public
 from keisei.observers import Observer
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
@@ -24,6 +25,7 @@ from keisei.training.parallel.streams import EventStream, ExperienceStream
 from keisei.training.parallel.weights_source import WeightsSource
 
 
+@public
 class ParallelManager(Lifecycle):
     """Runs a pool of workers from inside an asyncio application.
 
@@ -342,11 +344,11 @@ class ParallelManager(Lifecycle):
         A pool that is running already is left running at the end. When cancelled, the update
         being learned is finished, every worker is ended, and the cancellation goes on.
 
-        A learner that hangs cannot keep the run: ``learn`` is waited for at most
-        ``shutdown_timeout`` after a cancellation, two seconds more after a second one; and after
-        ``request_stop``, ``stop`` or ``max_seconds`` as long, or twice the longest update before
-        it if that is longer. Then its thread is abandoned where it stands, and the error has its
-        stack: the cancellation as a note, any other end as ``LearnerTimeout``.
+        The wait for the learner is bounded. After a cancellation it is ``shutdown_timeout``; a
+        second cancellation shortens the rest to two seconds. After ``request_stop``, ``stop`` or
+        ``max_seconds`` it is ``shutdown_timeout`` or twice the longest update so far, whichever is
+        longer. Then the learner's thread is abandoned, and the error holds its stack: a
+        cancellation as a note, any other end as ``LearnerTimeout``.
 
         Args:
             max_steps: End after the update that brings the environment steps to this number.

@@ -12,6 +12,7 @@ from keisei import events
 from keisei.config import ParallelConfig
 from keisei.events import Incident
 from keisei.exceptions import ManagerStateError
+from keisei.naming import public
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.learning import LearnerCalls
 from keisei.training.parallel.metrics import MetricNumbers
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@public
 class Learner(Protocol):
     """Turns experience into better weights, in the application's process.
 
@@ -99,6 +101,7 @@ class TrainedPool(Protocol):
         ...
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """What a run did.

@@ -26,16 +26,14 @@ WeightsSource = HasStateDict | Mapping[str, torch.Tensor] | PreparedModel
 """What ``push_weights`` takes."""
 
 
-def tensors_of(source: WeightsSource) -> dict[str, torch.Tensor]:
-    """Return the named tensors of what is to be pushed, without copying.
+def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state dict by the names that the plain module has for them.
 
-    A name is that of the plain module: a ``DataParallel`` or ``DistributedDataParallel`` wrapper
-    is left out, and so is the ``_orig_mod.`` that ``torch.compile`` puts before a module's names.
+    The ``_orig_mod.`` that ``torch.compile`` puts before a module's names is left out.
 
     Raises:
         WeightsError: It holds something that is not a dense tensor with values, or nothing.
     """
-    state = _state_of(source)
     bad = [f"{name} is {flaw}" for name, value in state.items() if (flaw := _flaw(name, value))]
     if bad:
         raise WeightsError("weights must be dense tensors: " + "; ".join(bad))
@@ -52,7 +50,14 @@ def tensors_of(source: WeightsSource) -> dict[str, torch.Tensor]:
     return plain
 
 
-def _state_of(source: WeightsSource) -> Mapping[str, Any]:
+def state_of(source: WeightsSource) -> Mapping[str, Any]:
+    """Return the state dict of what is to be pushed, without copying.
+
+    A ``DataParallel`` or ``DistributedDataParallel`` wrapper is left out.
+
+    Raises:
+        WeightsError: It is a snapshot with a damaged payload.
+    """
     if isinstance(source, PreparedModel):
         tensors, damaged = unpack_all(source.model_data)
         if damaged:

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import pool_workers
-from keisei.events import WorkerReady
+from keisei.events import UpdateCompleted, WeightsPushed, WorkerReady
 from keisei.exceptions import LearnerTimeout, ManagerStateError, WeightsError
 from keisei.testing.scenarios import fail_after
 from keisei.training.parallel import learning
@@ -591,37 +591,46 @@ async def test_the_state_dict_of_an_async_learner_is_called_on_the_loop(make_man
 
 
 @FLAVOURS
-async def test_the_batches_of_an_update_are_let_go_of_before_its_weights_are_pushed(
-    make_manager, flavour
-):
-    """Nothing of the run holds a batch once learn has returned."""
+async def test_a_run_holds_no_batch_once_its_update_is_learned(make_manager, flavour):
+    """The memory of an update's batches is free while its weights are read, pushed and told."""
     alive, left = [], []
+
+    class Watcher:
+        def on_event(self, event):
+            if isinstance(event, (WeightsPushed, UpdateCompleted)):
+                left.append(sum(reference() is not None for reference in alive))
 
     class Watching(flavour):
         def _reached(self, method):
             if method == "state_dict":
-                gc.disable()
                 left.append(sum(reference() is not None for reference in alive))
-                alive.clear()
 
     class PlainWatching(Watching):
         def learn(self, batches):
-            alive.extend(weakref.ref(batch.data["number"]) for batch in batches)
+            alive[:] = [weakref.ref(batch.data["number"]) for batch in batches]
             return super().learn(batches)
 
     class AsyncWatching(Watching):
         async def learn(self, batches):
-            alive.extend(weakref.ref(batch.data["number"]) for batch in batches)
+            alive[:] = [weakref.ref(batch.data["number"]) for batch in batches]
             return await super().learn(batches)
 
     learner = AsyncWatching() if issubclass(flavour, Async) else PlainWatching()
-    manager = make_inline(make_manager, learner, mode="sync")
+    manager = make_manager(
+        pool_workers.Counting,
+        learner=learner,
+        observers=[Watcher()],
+        mode="sync",
+        num_workers=1,
+        sync_interval=2,  # so that the thread is idle after every other update
+    )
+    gc.disable()
     try:
         async with fail_after(30):
             await manager.run(max_steps=4)
     finally:
         gc.enable()
-    assert left == [0] * 5
+    assert left == [0] * (1 + 4 + 2 * 2)
 
 
 async def test_what_an_async_learner_sets_in_its_context_stays(make_manager):

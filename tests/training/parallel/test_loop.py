@@ -44,7 +44,7 @@ async def test_pushes_do_not_block_the_loop(make_manager, config):
                     assert await manager.push_weights(LARGE, wait=True) == version
 
 
-@pytest.mark.xfail(reason="names are checked and tensors copied one by one in the loop")
+@pytest.mark.xfail(reason="a layout of many tensors is pickled while the lock is held")
 async def test_a_push_of_many_tensors_does_not_block_the_loop(make_manager):
     """What is small in bytes may be much in number."""
     async with fail_after(60):
@@ -266,7 +266,6 @@ async def test_large_replies_are_unpickled_in_another_thread(make_manager):
                 assert (thread != threading.get_ident()) is is_large
 
 
-@pytest.mark.xfail(reason="what comes with an experience is unpickled in the loop")
 async def test_large_info_is_unpickled_in_another_thread(make_manager):
     """As a large reply is."""
     worker = partial(pool_workers.Laden, info=8 * MIB)
