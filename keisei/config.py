@@ -151,8 +151,9 @@ class ParallelConfig(_Values, frozen=True):
             are left.
         on_exhausted: When there are more failures than ``restart`` allows: "raise" ends the pool;
             "degrade" counts each slot by itself, gives that slot up, and goes on with the others.
-        max_worker_rss: Bytes of resident memory above which a worker is replaced between two
-            experiences; ``None`` never.
+        max_worker_rss: Bytes of its own memory above which a worker is replaced between two
+            experiences; ``None`` never. Memory that it shares, such as experiences that the
+            application keeps and the code of libraries, does not count.
         max_experiences_per_worker: Experiences after which a worker is replaced; ``None`` never.
         poison_threshold: When this many slots have failed with the same weights version, the
             version before it is published again; ``None`` never does.

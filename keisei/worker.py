@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from keisei import state_dicts
+from keisei.exceptions import WeightsError
 from keisei.naming import public
 
 if TYPE_CHECKING:
     import torch
 
 
-def _nothing() -> None:
-    """Stand in where nobody watches: a context that was made by hand."""
+def _nothing(*_: object) -> None:
+    """Do nothing, in a context that was made by hand."""
 
 
 @public
@@ -38,7 +40,7 @@ class WorkerContext:
     device: str = "cpu"
     weights_version: int = 0
     _progress: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
-    _turn_soon: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    _turn_soon: Callable[..., None] = field(default=_nothing, repr=False, compare=False)
 
     def progress(self) -> None:
         """Tell the supervisor that a long ``collect`` or ``setup`` is moving.
@@ -76,8 +78,13 @@ class Worker:
     orderly end. A hook that raises ends the process; the pool records the traceback and restarts
     the slot. Only an error in ``reset`` or ``on_command`` is answered to the caller instead.
 
+    ``async def`` hooks run in the worker's event loop, where tasks that they start go on between
+    hooks. ``def`` hooks run outside it: they have no running loop, and may use ``asyncio.run``,
+    loops of their own, and blocking interfaces over coroutine libraries.
+
     Attributes:
-        model: Set it in ``setup`` to have the default ``load_weights`` fill it.
+        model: Set it in ``setup`` to have the default ``load_weights`` fill it. A worker that is
+            given weights needs it, or a ``load_weights`` of its own.
     """
 
     model: torch.nn.Module | None = None
@@ -86,14 +93,24 @@ class Worker:
         """Build the environment and the model."""
 
     def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> Any:
-        """Take a new weights version; the default copies it into ``self.model``.
+        """Take a new weights version; the default loads it into ``self.model``.
+
+        It does so by the model's ``load_state_dict``, with all its hooks. The prefixes of
+        ``torch.compile`` and ``DataParallel`` may be there on one side only.
 
         Args:
             weights: Tensors on the CPU, the worker's own: they stay valid and unchanged.
             version: 1, 2, 3 …; versions may be left out but never come back.
+
+        Raises:
+            WeightsError: There is no ``self.model``, or it knows none of these entries.
         """
-        if self.model is not None:
-            self.model.load_state_dict(dict(weights))
+        if self.model is None:
+            raise WeightsError(
+                f"{type(self).__name__} has no self.model to load weights into; "
+                f"{state_dicts.REMEDY}"
+            )
+        state_dicts.load_into(self.model, weights)
 
     def collect(self) -> Any:
         """Collect one experience.

@@ -239,7 +239,7 @@ def unsettle() -> None:
     torch.manual_seed(0)
     time.time = lambda: 0.0  # type: ignore[assignment]
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    asyncio.get_running_loop().set_debug(True)
+    asyncio.set_event_loop(asyncio.new_event_loop())
     sys.setrecursionlimit(200)
     threading.Thread(target=_spin, daemon=True).start()
 
@@ -404,7 +404,7 @@ class Slow(Counting):
 class Leaving(Counting):
     """Touches what the application must not lose: threads, children, tasks and files."""
 
-    def setup(self, context: WorkerContext) -> None:
+    async def setup(self, context: WorkerContext) -> None:  # type: ignore[override]
         super().setup(context)
         threading.Thread(target=_spin, name="not a daemon").start()
         self.pid = fork_a_child_that_stays()

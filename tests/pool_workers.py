@@ -395,9 +395,12 @@ def assorted(sequence: int) -> dict[str, Any]:
 
 
 class Assorted(Worker):
-    """Delivers a bit of everything, a row more each time."""
+    """Delivers a bit of everything, a row more each time; weights are nothing to it."""
 
     sequence = -1
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
+        pass
 
     def collect(self) -> Experience:
         self.sequence += 1

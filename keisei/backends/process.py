@@ -14,7 +14,7 @@ import aiomultiprocess
 from aiomultiprocess.types import Unit
 
 from keisei.backends.launch import Launched, server
-from keisei.child.serve import serve_worker
+from keisei.child.serve import serve_worker, tell_escape
 
 
 class _Process(BaseProcess):
@@ -35,6 +35,14 @@ class _Process(BaseProcess):
         )
         self._launching = (fds, modules, with_main, server.epoch)
         self.launched: Launched | None = None
+
+    def run(self) -> None:
+        """Serve the worker, in its own process."""
+        try:
+            super().run()
+        except (SystemExit, KeyboardInterrupt) as error:
+            tell_escape(error)
+            raise
 
     def _Popen(self, _: _Process) -> Launched:  # noqa: N802 - multiprocessing's name
         self.launched = Launched(self, *self._launching)

@@ -6,7 +6,14 @@ import os
 import sys
 from typing import NoReturn
 
-from keisei.child.process import STDERR, Inherited, flush, heed_signals, lead_own_group, tie_to
+from keisei.child.process import (
+    STDERR,
+    Inherited,
+    adopt_orphans,
+    heed_signals,
+    lead_own_group,
+    tie_to,
+)
 
 
 def run(data: int, fds: list[int], lifeline: int) -> int:
@@ -21,13 +28,17 @@ def run(data: int, fds: list[int], lifeline: int) -> int:
     """
     from multiprocessing import spawn
 
+    from keisei.child.tracker import keep_apart
+
     *own, stderr, crash = fds
     if STDERR not in (data, lifeline, *fds):  # the application has one
         os.dup2(stderr, STDERR)
         os.close(stderr)
     lead_own_group()
     Inherited.lifeline = tie_to(lifeline)
+    adopt_orphans()
     heed_signals(crash)
+    keep_apart()
     for fd in (lifeline, crash, *own):
         os.set_inheritable(fd, False)
     Inherited.fds = tuple(own)
@@ -43,19 +54,23 @@ def run(data: int, fds: list[int], lifeline: int) -> int:
 
 
 def run_and_exit(data: int, fds: list[int], lifeline: int) -> NoReturn:
-    """Do as ``run``, and end the process with its exit code; never returns.
+    """Do as ``run`` in a forked process, and end it with its exit code; never returns."""
+    from keisei.child.ending import forget_exit_handlers
 
-    What multiprocessing does at the end is done by then. The interpreter is not torn down: that
-    takes longer than all the rest of an orderly end, and native libraries crash in it.
-    """
+    forget_exit_handlers()
+    _run_and_leave(data, fds, lifeline)
+
+
+def _run_and_leave(data: int, fds: list[int], lifeline: int) -> NoReturn:
+    from keisei.child.ending import leave
+
     code = 1
     try:
         code = run(data, fds, lifeline)
     except BaseException:  # noqa: BLE001 - there is nobody above to tell
         sys.excepthook(*sys.exc_info())
     finally:
-        flush()
-        os._exit(code)
+        leave(code)
 
 
 def main(data: int, report: int, lifeline: int, fds: list[int], path: list[str]) -> None:
@@ -65,4 +80,4 @@ def main(data: int, report: int, lifeline: int, fds: list[int], path: list[str])
     """
     sys.path[:] = path
     os.set_inheritable(report, False)
-    run_and_exit(data, fds, lifeline)
+    _run_and_leave(data, fds, lifeline)

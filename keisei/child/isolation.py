@@ -1,8 +1,10 @@
-"""What a worker may treat as its own: random generators, torch's threads.
+"""What a worker may treat as its own: random generators, torch's threads, event loops.
 
 A process of its own simply has them. Inside the application's process (the inline backend) they
 are swapped in around every step of a hook and out again, so that workers draw the same numbers
 as they would in processes, and the application's own state is never touched.
+
+In both, a plain hook is called where no event loop is running; see ``loops``.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ from typing import Any, Protocol
 
 import torch
 
+from keisei.child.loops import OutsideTheApplicationsLoop, OutsideTheLoop
+
 if sys.modules.get("numpy") is not None:
     # torch has brought it, but not its generators; seeding would import them in every worker.
     importlib.import_module("numpy.random")
 
 
 class Isolation(Protocol):
-    """A context in which hooks run.
+    """A context in which plain hooks are called, and driven coroutines of the others.
 
     Attributes:
         turn_after: Seconds of collecting after which others in the event loop get their turn.
+        is_shared: Others use the event loop too, and may cancel the worker's task in it.
     """
 
     turn_after: float
+    is_shared: bool
 
     def begin(self, seed: int, threads: int) -> None:
         """Seed the global generators and set torch's threads."""
@@ -39,26 +45,21 @@ class Isolation(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
     def drive(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
-        """Return an awaitable whose every step runs in this context."""
+        """Return an awaitable whose steps run in the loop, with the worker's generators."""
         ...
 
 
-class OwnProcess:
+class OwnProcess(OutsideTheLoop):
     """The worker has the process to itself."""
 
     turn_after = 0.005
     """A turn of the loop costs as much as all the rest between two small experiences."""
+    is_shared = False
 
     def begin(self, seed: int, threads: int) -> None:
         """Seed ``random``, NumPy (if imported) and torch; set torch's threads."""
         torch.set_num_threads(threads)
         _seed(seed)
-
-    def __enter__(self) -> None:
-        """Nothing to swap."""
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Nothing to swap."""
 
     def drive(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:
         """Return ``awaitable`` itself."""
@@ -69,39 +70,34 @@ class SharedProcess:
     """The worker shares the process; its state is swapped in for each step of a hook."""
 
     turn_after = 0.0
+    is_shared = True
 
     def __init__(self) -> None:
-        self._mine: _GlobalState | None = None
-        self._theirs: _GlobalState | None = None
+        self._generators = _Generators()
+        self._outside = OutsideTheApplicationsLoop()
 
     def begin(self, seed: int, threads: int) -> None:
         """Make the state that a fresh process would have."""
-        theirs = _GlobalState.now()
-        torch.set_num_threads(threads)
-        _seed(seed)
-        self._mine = _GlobalState.now()
-        theirs.restore()
+        self._generators.begin(seed, threads)
 
     def __enter__(self) -> None:
         """Swap the worker's state in."""
-        self._theirs = _GlobalState.now()
-        if self._mine is not None:
-            self._mine.restore()
+        self._generators.__enter__()
+        self._outside.__enter__()
 
     def __exit__(self, *exc_info: object) -> None:
         """Swap the application's state in again."""
-        self._mine = _GlobalState.now()
-        if self._theirs is not None:
-            self._theirs.restore()
+        self._outside.__exit__(*exc_info)
+        self._generators.__exit__(*exc_info)
 
     @types.coroutine
     def drive(self, awaitable: Awaitable[Any]) -> Generator[Any, Any, Any]:
-        """Run ``awaitable``, swapping around each step between two suspensions."""
+        """Run ``awaitable``, swapping generators around each step between two suspensions."""
         steps = awaitable.__await__()
         send: Any = lambda: next(steps)  # noqa: E731 - rebound at each step
         while True:
             try:
-                with self:
+                with self._generators:
                     future = send()
             except StopIteration as done:
                 return done.value
@@ -119,6 +115,32 @@ def _throw(steps: Any, error: BaseException) -> Any:
 
 def _send(steps: Any, value: Any) -> Any:
     return lambda: next(steps) if value is None else steps.send(value)
+
+
+class _Generators:
+    """A context in which the worker's generators and thread count are the process's."""
+
+    def __init__(self) -> None:
+        self._mine: _GlobalState | None = None
+        self._theirs: _GlobalState | None = None
+
+    def begin(self, seed: int, threads: int) -> None:
+        """Make the state that a fresh process would have."""
+        theirs = _GlobalState.now()
+        torch.set_num_threads(threads)
+        _seed(seed)
+        self._mine = _GlobalState.now()
+        theirs.restore()
+
+    def __enter__(self) -> None:
+        self._theirs = _GlobalState.now()
+        if self._mine is not None:
+            self._mine.restore()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._mine = _GlobalState.now()
+        if self._theirs is not None:
+            self._theirs.restore()
 
 
 class _GlobalState:

@@ -19,6 +19,7 @@ import sys
 
 STDERR = 2
 _F_SETSIG = 10
+_PR_SET_CHILD_SUBREAPER = 36
 
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
 """Makes a worker write its stacks; chosen far from what applications use."""
@@ -27,8 +28,15 @@ HELD_SIGNALS = {signal.SIGINT, STACKS_SIGNAL}
 
 
 def lead_own_group() -> None:
-    """Leave the application's process group, so that its terminal's Ctrl-C stays there."""
+    """Leave the application's process group, so that its terminal's Ctrl-C stays there.
+
+    To a terminal the new group is in the background: writing to it, configuring it or reading
+    from it would stop the process without a word. So both signals are ignored, by its children
+    too: writes and settings work, and a read fails with EIO.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -43,6 +51,19 @@ def heed_signals(crash_fd: int) -> None:
     faulthandler.register(STACKS_SIGNAL, file=crash_fd, all_threads=True)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL, signal.SIGTERM})
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all descendants whose parents end, where the kernel allows it.
+
+    They can be found by it then, whatever session or process group they have moved to.
+    """
+    # Elsewhere than on Linux there is no prctl, and a sandbox may refuse it: orphans go to init.
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+
+        arguments = [ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3]
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, *arguments)
 
 
 def tie_to(lifeline: int) -> int:

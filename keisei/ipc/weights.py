@@ -217,15 +217,17 @@ class WeightsReader:
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> int:
         """Copy the newest weights into ``targets`` and return their version.
 
-        Until this returns, ``targets`` may hold a mixture that nobody must use.
+        They are copied in the order of ``targets``, which decides where targets overlap. Until
+        this returns, ``targets`` may hold a mixture that nobody must use.
 
         Raises:
             WeightsError: None were published yet.
         """
 
         def copy(buffer: int) -> None:
-            for name, view in self._arena.views[buffer].items():
-                targets[name].copy_(view)
+            views = self._arena.views[buffer]
+            for name, target in targets.items():
+                target.copy_(views[name])
 
         with torch.no_grad():
             return self._read(copy)

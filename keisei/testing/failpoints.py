@@ -121,7 +121,9 @@ _armory: ContextVar[_Armory | None] = ContextVar("keisei_armory", default=None)
 def _build(factory: Callable[[], Worker], failpoints: tuple[Failpoint, ...]) -> Worker:
     worker = factory()
     replacing: dict[str, Callable[..., Any]] = {
-        place: _reaching(place, getattr(worker, place)) for place in _HOOKS
+        place: _reaching(place, getattr(worker, place))
+        for place in _HOOKS
+        if place != "load_weights" or type(worker).load_weights is not Worker.load_weights
     }
     replacing["setup"] = functools.partial(_setup, worker.setup, failpoints)
     replacing["collect"] = _collecting(worker.collect)
@@ -161,9 +163,7 @@ def _collecting(hook: Callable[[], Any]) -> Callable[[], Any]:
         result = hook()
         armory = _armory.get()
         if armory is not None:
-            # The frame is sent before the loop turns.
-            armory.turn_soon()
-            asyncio.get_running_loop().call_soon(failpoint, "committed")
+            armory.turn_soon(failpoint, "committed")  # the frame is sent before the loop turns
         return result
 
     return reach_and_call

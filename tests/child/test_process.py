@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import keisei
-from keisei.child.process import flush, is_cut, reap
+from child_workers import Orphaning
+from keisei.child.process import adopt_orphans, flush, is_cut, reap
+from keisei.testing.scenarios import fail_after
 
 ROOT = Path(keisei.__file__).parent.parent
 PATIENCE = 30
@@ -160,3 +163,20 @@ def test_streams_that_cannot_be_flushed_do_not_matter(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", Closed())
     flush()
+
+
+async def test_a_worker_adopts_the_orphans_of_its_children(make_manager):
+    """A process whose parent ends, and that has left session and group, is the worker's child."""
+    async with fail_after(PATIENCE), make_manager(Orphaning, num_workers=1) as manager:
+        assert await manager.send_command("whose is it") == {0: True}
+
+
+def test_where_orphans_cannot_be_adopted_nothing_happens(monkeypatch):
+    """A system without such a call, or one that refuses it, leaves them to init."""
+
+    class Without:
+        def __init__(self, name: object) -> None:
+            """There is no function in it."""
+
+    monkeypatch.setattr(ctypes, "CDLL", Without)
+    adopt_orphans()
