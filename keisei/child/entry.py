@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from keisei.child import surroundings
 from keisei.child.process import STDERR, Inherited, flush, heed_signals, lead_own_group, tie_to
 
 
@@ -58,11 +59,11 @@ def run_and_exit(data: int, fds: list[int], lifeline: int) -> NoReturn:
         os._exit(code)
 
 
-def main(data: int, report: int, lifeline: int, fds: list[int], path: list[str]) -> None:
+def main(data: int, report: int, lifeline: int, fds: list[int], told: tuple[Any, ...]) -> None:
     """Run a process in a fresh interpreter: the entry of the start method "spawn".
 
     The end of ``report``, a pipe that nothing is written to, tells of the end of this process.
     """
-    sys.path[:] = path
+    surroundings.take(told, None)
     os.set_inheritable(report, False)
     run_and_exit(data, fds, lifeline)

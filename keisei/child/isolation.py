@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from keisei.child import generators
+
 if sys.modules.get("numpy") is not None:
     # torch has brought it, but not its generators; seeding would import them in every worker.
     importlib.import_module("numpy.random")
@@ -50,8 +52,13 @@ class OwnProcess:
     """A turn of the loop costs as much as all the rest between two small experiences."""
 
     def begin(self, seed: int, threads: int) -> None:
-        """Seed ``random``, NumPy (if imported) and torch; set torch's threads."""
+        """Seed ``random``, NumPy (if imported), torch, and what modules hold; set torch's threads.
+
+        Raises:
+            TypeError: A generator of a module cannot be seeded.
+        """
         torch.set_num_threads(threads)
+        generators.seed(seed)
         _seed(seed)
 
     def __enter__(self) -> None:

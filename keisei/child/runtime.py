@@ -117,7 +117,10 @@ class WorkerRuntime:
         factory = await self._call(
             Phase.START, serialize.loads, hello.factory, "the worker factory"
         )
-        self._isolation.begin(hello.seed, hello.threads)
+        try:
+            self._isolation.begin(hello.seed, hello.threads)
+        except TypeError as error:  # a random generator of a module that cannot be seeded
+            raise HookFailed(Phase.START, error) from error
         self._worker = await self._call(Phase.START, self._build, factory)
         await self._call(Phase.START, self._worker.setup, self._context())
         self._hear_announcements()

@@ -26,7 +26,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from keisei.backends import launch
+from keisei.backends.forkserver import server
+from keisei.backends.lifeline import lifeline
 
 _PATIENCE = 2.0
 """Seconds that children which are ending have, such as the processes of a killed worker."""
@@ -58,7 +59,7 @@ class Resources:
     @classmethod
     def now(cls) -> Resources:
         """Take stock."""
-        launch.lifeline.read_end()  # made once for a process, at the latest by the look at children
+        lifeline.read_end()  # made once for a process, at the latest by the look at children
         return cls(
             children=Counter(_describe_process(pid) for pid in children()),
             descriptors=Counter(_descriptors()),
@@ -135,7 +136,7 @@ def _processes() -> Iterator[tuple[int, _Process]]:
 
 def _is_tied_to_us(pid: int) -> bool:
     """Return whether a process holds the other end of our lifeline."""
-    ours = f"pipe:[{os.fstat(launch.lifeline.read_end()).st_ino}]"
+    ours = f"pipe:[{os.fstat(lifeline.read_end()).st_ino}]"
     return any(target == ours for target in _targets(pid))
 
 
@@ -190,7 +191,7 @@ def _wait_for_ends(pids: list[int]) -> None:
         return
     deadline = time.monotonic() + _PATIENCE
     for pid in pids:
-        if pid == launch.server.pid:
+        if pid == server.pid:
             continue
         try:
             fd = os.pidfd_open(pid)

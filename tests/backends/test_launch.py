@@ -35,7 +35,7 @@ OBEDIENT = """
 
     import backend_workers, blocking_import
     from keisei import ParallelManager
-    from keisei.backends import launch
+    from keisei.backends.forkserver import server as the_server
 
     async def main():
         tasks = []
@@ -51,9 +51,10 @@ OBEDIENT = """
             order, _, method = (await asyncio.to_thread(sys.stdin.readline)).strip().partition(" ")
             match order:
                 case "server":
-                    print(json.dumps(launch.server.pid), flush=True)
+                    print(json.dumps(the_server.pid), flush=True)
                 case "import":
                     config = {"num_workers": 1, "start_method": method}
+                    config["preload"] = ["blocking_import"]  # the fork server itself hangs
                     manager = ParallelManager(blocking_import.Unreachable, config=config)
                     tasks.append(asyncio.create_task(manager.start()))
                 case "fork":
@@ -129,7 +130,8 @@ FORGETFUL = """
 
     async def start():
         if way == "open importing":
-            manager = ParallelManager(blocking_import.Unreachable, config={"num_workers": 1})
+            config = {"num_workers": 1, "preload": ["blocking_import"]}
+            manager = ParallelManager(blocking_import.Unreachable, config=config)
             starting = asyncio.create_task(manager.start())
             await asyncio.to_thread(sys.stdin.readline)
             return manager, starting
@@ -173,7 +175,7 @@ POLITE = """
     import aiomultiprocess.core
     import backend_workers
     from keisei import ParallelManager, warm_fork_server
-    from keisei.backends import launch
+    from keisei.backends.forkserver import server as the_server
 
     def children():
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
@@ -201,7 +203,7 @@ POLITE = """
         async with ParallelManager(backend_workers.Obedient, config=config) as manager:
             await manager.collect(min_steps=4)
             pids = [info.pid for info in manager.workers]
-            servers = [launch.server.pid] if method == "forkserver" else []
+            servers = [the_server.pid] if method == "forkserver" else []
             own = pids if method == "spawn" else []
             return {"others": sorted(set(children()) - {*servers, *own})}
 
@@ -212,9 +214,9 @@ POLITE = """
             print(json.dumps(taken()), flush=True)
         with warm_fork_server(), warm_fork_server():
             await run("forkserver")
-            server = launch.server.pid
+            server = the_server.pid
             await run("forkserver")
-            print(json.dumps([server, launch.server.pid, children()]), flush=True)
+            print(json.dumps([server, the_server.pid, children()]), flush=True)
         print(json.dumps(children()), flush=True)
 
     if __name__ == "__main__":

@@ -23,7 +23,7 @@ from fault_helpers import (
     until_ready,
     watched,
 )
-from keisei.backends.local import LocalProcess
+from keisei.backends.handle import LocalProcess
 from keisei.events import ExitCause, WorkerExited, WorkerSuspected
 from keisei.exceptions import CommandTimeout, WorkerLost
 from keisei.supervision import shutdown

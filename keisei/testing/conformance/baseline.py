@@ -8,7 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-from keisei.backends import launch
+from keisei.backends.forkserver import server
 from keisei.testing import leaks
 
 _PATIENCE = 10.0
@@ -55,7 +55,7 @@ class Baseline:
         """Wait for one after the other: each may begin the next, such as a thread a task."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _PATIENCE
-        known = {*self._children, launch.server.pid}  # a new server in the place of another stays
+        known = {*self._children, server.pid}  # a new server in the place of another stays
         while (remaining := deadline - loop.time()) > 0:
             await turn()
             if tasks := asyncio.all_tasks() - self._tasks - {asyncio.current_task()}:
