@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from keisei.backends import interpreter, preparation
 from keisei.backends.lifeline import lifeline
 from keisei.child.forkserver import NUMBER, REQUEST
+from keisei.child.surroundings import FOLDER
 
 _END_PATIENCE = 8.0
 """Seconds that a server has to end what workers have left; a little more than it takes itself."""
-
-_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
-"""How the working directory is opened: also one that has been deleted, or cannot be read."""
 
 
 @contextmanager
@@ -117,7 +115,7 @@ class ForkServer:
         report, their_report = os.pipe()
         with closing_on_error(report):
             with closing(their_report):
-                folder = os.open(".", _FOLDER)
+                folder = os.open(".", FOLDER)
                 with closing(folder):
                     asked = self._ask([data, their_report, folder, *fds], epoch)
             pid = read_number(report)

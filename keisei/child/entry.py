@@ -65,5 +65,8 @@ def main(data: int, report: int, lifeline: int, fds: list[int], told: tuple[Any,
     The end of ``report``, a pipe that nothing is written to, tells of the end of this process.
     """
     surroundings.take(told, None)
+    with surroundings.in_a_folder() as is_gone:
+        if is_gone:
+            import torch  # noqa: F401 - the worker would, and could not
     os.set_inheritable(report, False)
     run_and_exit(data, fds, lifeline)

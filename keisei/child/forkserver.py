@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import faulthandler
 import gc
 import importlib
 import marshal
 import os
+import select
 import selectors
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +35,8 @@ NUMBER = struct.Struct("<q")
 LENGTH = struct.Struct("<I")
 REQUEST = b"+"
 MAX_FDS = 32
+IMPORT_PATIENCE = 60.0
+"""Seconds that one step of an import may keep the interpreter's lock, before the server ends."""
 END_PATIENCE = 5.0
 """Seconds in which everything that is killed at the end has gone, unless it cannot be killed."""
 
@@ -67,10 +72,11 @@ class _Server:
     def __init__(self, requests: socket.socket, lifeline: int, application: int) -> None:
         self._requests = requests
         self._lifeline = lifeline
-        self._application = _watched(application)
+        watched = _watched(application)
+        self._ends = {lifeline, *watched}
         self._woken, self._waker = os.pipe()
         self._reports: dict[int, int] = {}
-        self._own = [self._woken, self._waker, *self._application]
+        self._own = [self._woken, self._waker, *watched]
         self._tried: set[str] = set()
         self._stamps: dict[str, tuple[int, int]] = {}
         self._selector = selectors.DefaultSelector()
@@ -87,12 +93,11 @@ class _Server:
         """Serve until the application is done; never returns."""
         self._on_child = signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._waker)
-        ends = {self._lifeline, *self._application}
-        for fd in (self._requests.fileno(), self._woken, *ends):
+        for fd in (self._requests.fileno(), self._woken, *self._ends):
             self._selector.register(fd, selectors.EVENT_READ)
         while True:
             ready = self._wait(self._orphans.patience())
-            if ends & ready:
+            if self._ends & ready:
                 self._end()
             if self._requests.fileno() in ready and not self._answer():
                 self._end()
@@ -113,7 +118,7 @@ class _Server:
         for pid in self._reports:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-        for fd in (self._requests.fileno(), self._lifeline, *self._application):
+        for fd in (self._requests.fileno(), *self._ends):
             self._selector.unregister(fd)
         deadline = time.monotonic() + END_PATIENCE
         self._orphans.end(())
@@ -158,20 +163,37 @@ class _Server:
         what, modules = marshal.loads(_read(data, length))  # noqa: S302 - the application's own
         surroundings.take(what, folder)
         missing = self._missing(modules)
-        with self._tied() if missing else contextlib.nullcontext():
+        with self._watching() if missing else contextlib.nullcontext():
             if missing:
                 self._import(missing)
             process.flush()  # what is in a buffer would be written once more by each process
 
     @contextmanager
-    def _tied(self) -> Iterator[None]:
-        """Have the kernel kill this process with the application, while an import may hang."""
-        own = process.tie_to(self._lifeline) if self._adopts else -1
+    def _watching(self) -> Iterator[None]:
+        """Watch for the application's end in a thread, while an import may hang."""
+        stopped, stop = os.pipe()
+        thread = threading.Thread(target=self._watch, args=(stopped,), daemon=True)
+        thread.start()
         try:
             yield
         finally:
-            if own >= 0:
-                os.close(own)
+            os.close(stop)
+            thread.join()  # no thread is there at a fork
+            os.close(stopped)
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self, stopped: int) -> None:
+        poll = select.poll()
+        for fd in (stopped, *self._ends):
+            poll.register(fd, select.POLLIN)
+        poll.register(self._requests, getattr(select, "POLLRDHUP", 0))
+        ready: list[tuple[int, int]] = []
+        while not ready:
+            # An import that keeps the interpreter's lock stops this thread too, for so long.
+            faulthandler.dump_traceback_later(IMPORT_PATIENCE, exit=True, file=process.STDERR)
+            ready = poll.poll(1000 * IMPORT_PATIENCE / 4)
+        if stopped not in dict(ready):
+            self._end()
 
     def _missing(self, modules: Sequence[str]) -> list[str]:
         return [name for name in modules if name not in sys.modules and name not in self._tried]
@@ -187,7 +209,7 @@ class _Server:
             self._tried.add(name)
             # The worker that needs the module will fail to import it too, and tell why.
             with contextlib.suppress(Exception, SystemExit):
-                importlib.import_module(name)
+                self._import_one(name)
             if "torch" in sys.modules:
                 # With more, what a module computes while it is imported would leave threads that
                 # a forked process waits for in vain.
@@ -201,6 +223,11 @@ class _Server:
         generators.remember()
         gc.collect()
         gc.freeze()
+
+    @staticmethod
+    def _import_one(name: str) -> None:
+        with surroundings.in_a_folder() if name == "torch" else contextlib.nullcontext():
+            importlib.import_module(name)
 
     def _become_worker(self, told: int, data: int, report: int, inherited: list[int]) -> NoReturn:
         """Run the worker in the forked process; never returns.

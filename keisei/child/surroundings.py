@@ -10,10 +10,13 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 TIME_ZONE = b"TZ"
+FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+"""How a working directory is opened: also one that has been deleted, or cannot be read."""
 
 
 def told(path: Sequence[str]) -> tuple[Any, ...]:
@@ -42,6 +45,24 @@ def take(what: tuple[Any, ...], folder: int | None) -> None:
         os.fchdir(folder)
     sys.path[:] = path
     importlib.invalidate_caches()  # files may be newer than what is known of their folders
+
+
+@contextmanager
+def in_a_folder() -> Iterator[bool]:
+    """Leave, for the time being, a working directory that has been deleted; tell whether it was.
+
+    The mathematics library that torch brings ends the process if torch is imported in one.
+    """
+    here = os.open(".", FOLDER)
+    try:
+        is_gone = os.fstat(here).st_nlink == 0
+        if is_gone:
+            os.chdir("/")
+        yield is_gone
+        if is_gone:
+            os.fchdir(here)
+    finally:
+        os.close(here)
 
 
 def _take_environment(environment: dict[bytes, bytes]) -> None:

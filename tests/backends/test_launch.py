@@ -18,6 +18,9 @@ ACTIVITIES = [
     "forkserver.native",
     "forkserver.starting",
     "forkserver.grandchild",
+    "forkserver.session",
+    "forkserver.daemon",
+    "forkserver.copy",
     "spawn.native",
     "spawn.starting",
     "spawn.grandchild",
@@ -48,7 +51,7 @@ OBEDIENT = """
                 await tasks[-1]
                 await manager.send_command("take hold")
         while True:
-            order, _, method = (await asyncio.to_thread(sys.stdin.readline)).strip().partition(" ")
+            order, _, method = (await asyncio.to_thread(sys.stdin.readline)).strip().partition(": ")
             match order:
                 case "server":
                     print(json.dumps(the_server.pid), flush=True)
@@ -59,6 +62,11 @@ OBEDIENT = """
                     tasks.append(asyncio.create_task(manager.start()))
                 case "fork":
                     pid = os.fork()
+                    if pid == 0:
+                        signal.pause()
+                    print(json.dumps(pid), flush=True)
+                case "fork in C":
+                    pid = ctypes.PyDLL(None).fork()
                     if pid == 0:
                         signal.pause()
                     print(json.dumps(pid), flush=True)
@@ -86,7 +94,7 @@ def test_everything_ends_with_an_application_that_is_killed(tmp_path):
     with busy_application(tmp_path, ACTIVITIES) as application:
         importing = application.fifo("importing")
         for method in ("spawn", "forkserver"):
-            application.say(f"import {method}")
+            application.say(f"import: {method}")
             importing.wait_held()
         application.say("server")
         servers = open_pidfds([application.hear()])
@@ -108,6 +116,18 @@ def test_a_forked_copy_of_the_application_keeps_nobody_alive(tmp_path):
     """Workers end when the application leaves by ``os._exit``, though its copy lives on."""
     with busy_application(tmp_path, ["forkserver.idle", "forkserver.native"]) as application:
         application.say("fork")
+        copy = application.hear()
+        application.say("exit")
+        assert application.wait() == 7
+        application.wait_all_gone([])
+        os.kill(copy, signal.SIGKILL)
+
+
+def test_a_copy_of_the_application_made_in_c_keeps_no_worker_alive(tmp_path):
+    """It holds the application's ends of everything; the fork server sees the end by its pid."""
+    activities = ["forkserver.idle", "forkserver.native", "forkserver.session"]
+    with busy_application(tmp_path, activities) as application:
+        application.say("fork in C")
         copy = application.hear()
         application.say("exit")
         assert application.wait() == 7

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 
 import backend_workers
 from backend_workers import Explosive, Obedient
+from backends.conftest import wait_for_end_of
 from keisei import events
 from keisei.backends import interpreter, local
 from keisei.backends.forkserver import server as the_server
@@ -226,33 +226,6 @@ async def test_a_worker_without_a_pidfd_is_watched_all_the_same(
         ) as manager,
     ):
         assert (await die(manager, os._exit, 3)).exitcode == 3
-
-
-@pytest.fixture
-def fifo(tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """Return the path of a named pipe and its reading end."""
-    path = tmp_path / "fifo"
-    os.mkfifo(path)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    yield str(path), fd
-    os.close(fd)
-
-
-async def wait_for_end_of(fd: int) -> None:
-    """Wait until nobody holds the writing end of a pipe any more."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(fd, readable.set)
-    try:
-        async with asyncio.timeout(2):
-            while True:
-                readable.clear()
-                await readable.wait()
-                with contextlib.suppress(BlockingIOError):
-                    if not os.read(fd, 100):
-                        return
-    finally:
-        loop.remove_reader(fd)
 
 
 @pytest.mark.parametrize(
