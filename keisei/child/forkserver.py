@@ -147,7 +147,7 @@ class _Server:
         if pid == 0:
             os.close(tell)
             os.close(folder)
-            self._become_worker(told, data, report, inherited)
+            self._become_worker(told, data, inherited)
         if _report(report, pid) and pid > 0:
             self._reports[pid] = report
             _report(tell, pid)
@@ -229,7 +229,7 @@ class _Server:
         with surroundings.in_a_folder() if name == "torch" else contextlib.nullcontext():
             importlib.import_module(name)
 
-    def _become_worker(self, told: int, data: int, report: int, inherited: list[int]) -> NoReturn:
+    def _become_worker(self, told: int, data: int, inherited: list[int]) -> NoReturn:
         """Run the worker in the forked process; never returns.
 
         It begins when the application was told of it. A server that is killed before leaves
@@ -245,7 +245,9 @@ class _Server:
             signal.signal(signal.SIGCHLD, self._on_child)
             self._selector.close()
             self._requests.close()
-            for fd in (report, *self._own, *self._reports.values()):
+            # It keeps its own report open: the end of that pipe is the end of both, also where
+            # the server is killed and there is no other way to hear of the worker's end.
+            for fd in (*self._own, *self._reports.values()):
                 os.close(fd)
             self._drop_edited()
             generators.refresh()
