@@ -28,9 +28,12 @@ from typing import NamedTuple
 
 from keisei.backends.forkserver import server
 from keisei.backends.lifeline import lifeline
+from keisei.ipc.kernel import has_pidfd
 
 _PATIENCE = 2.0
 """Seconds that children which are ending have, such as the processes of a killed worker."""
+_LOOK = 0.01
+"""Seconds between two looks at a process, where the kernel has no pidfds."""
 _PROC = Path("/proc")
 _OURS = "keisei*"
 
@@ -186,12 +189,23 @@ def _files() -> list[str]:
     return [str(path) for folder in folders for path in folder.glob(_OURS)]
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process is gone, or waits to be reaped; for systems with ``/proc``."""
+    try:
+        state = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return True
+    return state == b"Z"
+
+
 def _wait_for_ends(pids: list[int]) -> None:
-    if not hasattr(os, "pidfd_open"):
-        return
     deadline = time.monotonic() + _PATIENCE
     for pid in pids:
         if pid == server.pid:
+            continue
+        if not has_pidfd():
+            while not has_ended(pid) and time.monotonic() < deadline:
+                select.select([], [], [], _LOOK)
             continue
         try:
             fd = os.pidfd_open(pid)
