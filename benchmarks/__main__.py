@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write the report, and say where it is."""
+    """Run the measurements, write the report, and print its path."""
     options = _parse(arguments)
     names = [name for group in options.only for name in group.split(",") if name] or list(NAMES)
     try:
@@ -70,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _choose(measurement: Measurement, options: argparse.Namespace) -> Measurement:
-    """Leave out the systems that are not wanted, or that ``--quick`` has no time for."""
+    """Leave out the systems that were not asked for, or that ``--quick`` has no time for."""
     wanted = measurement.quick_systems if options.quick else None
     if options.systems:
         wanted = None if options.systems == "all" else options.systems.split(";")

@@ -65,7 +65,7 @@ class Weights(Case):
 
 @dataclass(frozen=True)
 class TornReads(Case):
-    """Pushes as fast as possible while the workers check every version for being whole."""
+    """Pushes as fast as possible, while the workers check that every version is complete."""
 
     num_bytes: int = MB
     workers: int = 4
@@ -138,8 +138,8 @@ class Scaling(Case):
 class Learning(Case):
     """CartPole-v1 until the mean return of the last 100 episodes is ``goal``, by PPO.
 
-    Everybody has 8 environments and the same PPO parameters: RL-Zoo's, or those of keisei's
-    example. Times with different parameters tell of the parameters, not of the systems.
+    Every system has 8 environments and the same PPO parameters: RL-Zoo's, or those of keisei's
+    example. Times with different parameters compare the parameters, not the systems.
     """
 
     parameters: Literal["zoo", "example"] = "zoo"

@@ -58,7 +58,7 @@ def _measure(out: TextIO, label: str, run: Callable[[], dict[str, float]]) -> No
     except (ImportError, UnavailableError) as error:
         line |= {"status": "unavailable", "reason": _reason(error)}
         traceback.print_exc()
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises is its row
+    except Exception as error:  # noqa: BLE001 - any error of a peer is shown in its row
         line |= {"status": "failed", "reason": _reason(error)}
         traceback.print_exc()
     print(json.dumps(line), file=out, flush=True)

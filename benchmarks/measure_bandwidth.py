@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import KB, MB, Bandwidth
-from benchmarks.plan import OURS, Chart, Measurement, Metric, System
+from benchmarks.plan import Chart, Measurement, Metric, System
 from benchmarks.systems import GIGABYTES, LEARNER, MEMCPY, QUEUE, QUEUE_GZIP, RAY
-from benchmarks.targets import Target, of_limit
+from benchmarks.targets import OURS, Target, of_limit
 
 SIZES = {
     "4 KB": 4 * KB,

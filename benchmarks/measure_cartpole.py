@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.cases import Throughput
-from benchmarks.plan import OURS, Chart, Measurement
+from benchmarks.plan import Chart, Measurement
 from benchmarks.systems import BARE, LEARNER, STEPS, random_systems
-from benchmarks.targets import Target, of_limit
+from benchmarks.targets import OURS, Target, of_limit
 
 CASE = "2 workers"
 LARGE = f"{CASE}, batches of 2048"
@@ -22,7 +22,7 @@ TARGETS = (
 
 
 def measurement(quick: bool) -> Measurement:
-    """Return the measurement: everybody with batches of 128, and the curve of keisei over them."""
+    """Return the measurement: all systems with batches of 128, keisei with other sizes too."""
     case = Throughput(work="cartpole", ahead=16)
     if quick:
         case = replace(case, seconds=0.7, warmup=0.3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.cases import Throughput
-from benchmarks.plan import OURS, Measurement, System
+from benchmarks.plan import Measurement, System
 from benchmarks.systems import (
     BARE,
     LEARNER,
@@ -17,7 +17,7 @@ from benchmarks.systems import (
     TORCHRL_ASYNC,
     TORCHRL_SYNC,
 )
-from benchmarks.targets import Target, ahead_of, of_limit
+from benchmarks.targets import OURS, Target, ahead_of, of_limit
 
 OWN = "keisei, its own ActorCritic"
 SHARED = "keisei, the peers' rollout loop"

@@ -1,11 +1,11 @@
-"""Processor time of a pool that has nothing to do."""
+"""Processor time of an idle pool."""
 
 from __future__ import annotations
 
 from benchmarks.cases import Idle
-from benchmarks.plan import OURS, Measurement, Metric, System
+from benchmarks.plan import Measurement, Metric, System
 from benchmarks.systems import AIO, RAY
-from benchmarks.targets import Target, value
+from benchmarks.targets import OURS, Target, value
 
 CASE = "8 workers, paused"
 RAY_SETTLE = 15.0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.cases import Learning
-from benchmarks.plan import OURS, Measurement, Metric, System
-from benchmarks.targets import Target, ahead_of, faster_across
+from benchmarks.plan import Measurement, Metric, System
+from benchmarks.targets import OURS, Target, ahead_of, faster_across
 
 DUMMY, SUBPROC = "SB3 PPO, DummyVecEnv", "SB3 PPO, SubprocVecEnv"
 SB3 = (DUMMY, SUBPROC)
@@ -39,8 +39,8 @@ TARGETS = (
 def measurement(quick: bool) -> Measurement:
     """Return the measurement; the quick one has an easier goal and RL-Zoo's parameters only.
 
-    The rows of one case have the same parameters. The last target alone compares unlike work, and
-    says so: it tells what the example's parameters add.
+    The rows of one case have the same parameters. Only the last target compares different
+    parameters, and its text says so: it shows how much the example's parameters add.
     """
     goal = QUICK_GOAL if quick else Learning().goal
     cases = {ZOO: Learning(goal=goal), EXAMPLE: Learning(goal=goal, parameters="example")}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.cases import Lag
-from benchmarks.plan import OURS, Measurement, Metric, System
-from benchmarks.targets import Target, value
+from benchmarks.plan import Measurement, Metric, System
+from benchmarks.targets import OURS, Target, value
 
 CASES = ("start", "batches", "weights", "crashes")
 TARGETS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.cases import Throughput
-from benchmarks.plan import OURS, Measurement
+from benchmarks.plan import Measurement
 from benchmarks.systems import (
     ASYNC_2,
     ASYNC_8,
@@ -16,7 +16,7 @@ from benchmarks.systems import (
     TORCHRL_SYNC,
     random_systems,
 )
-from benchmarks.targets import Target, ahead_of
+from benchmarks.targets import OURS, Target, ahead_of
 
 CASE = "2 workers"
 TARGETS = (

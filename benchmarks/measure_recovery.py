@@ -1,11 +1,11 @@
-"""A worker is killed: until the application knows, and until its successor has delivered."""
+"""A worker is killed: time until the application is told, and until the next worker delivers."""
 
 from __future__ import annotations
 
 from benchmarks.cases import Recovery
-from benchmarks.plan import OURS, Measurement, Metric, System
+from benchmarks.plan import Measurement, Metric, System
 from benchmarks.systems import AIO, ASYNC, QUEUE, RAY, SUBPROC, TORCHRL_SYNC
-from benchmarks.targets import Target, value
+from benchmarks.targets import OURS, Target, value
 
 CASE = "SIGKILL of a worker"
 LIMIT = "pidfd + forkserver"
@@ -26,7 +26,7 @@ SYSTEMS = (
 
 
 def measurement(quick: bool) -> Measurement:
-    """Return the measurement; peers that have no recovery show what happens instead."""
+    """Return the measurement; a peer without recovery shows the error that it raises instead."""
     case = Recovery(kills=10, patience=3.0) if quick else Recovery()
     return Measurement(
         name="recovery",

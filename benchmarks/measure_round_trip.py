@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import RoundTrip
-from benchmarks.plan import OURS, Measurement, Metric, System
+from benchmarks.plan import Measurement, Metric, System
 from benchmarks.systems import AIO, PIPE, RAY
-from benchmarks.targets import Target, ahead_of, value
+from benchmarks.targets import OURS, Target, ahead_of, value
 
 CASE = "one worker"
 TARGETS = (

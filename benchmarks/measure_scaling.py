@@ -1,10 +1,10 @@
-"""What one more worker costs the application, as the pool grows from 1 to 64."""
+"""The cost of one more worker for the application, as the pool grows from 1 to 64."""
 
 from __future__ import annotations
 
 from benchmarks.cases import Scaling
-from benchmarks.plan import OURS, Chart, Measurement, Metric, System
-from benchmarks.targets import Target, growth
+from benchmarks.plan import Chart, Measurement, Metric, System
+from benchmarks.targets import OURS, Target, growth
 
 FLAT = 1.5
 """Fixed costs are shared by more workers as the pool grows; nothing else may grow much."""

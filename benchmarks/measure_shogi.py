@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import Throughput
-from benchmarks.plan import OURS, Measurement, System
+from benchmarks.plan import Measurement, System
 from benchmarks.systems import GIGABYTES, LEARNER, MEMCPY, QUEUE, RAY, STEPS
-from benchmarks.targets import Target, of_limit
+from benchmarks.targets import OURS, Target, of_limit
 
 CASE = "2 workers"
 TARGETS = (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import Staleness
-from benchmarks.plan import OURS, Measurement, Metric, System
+from benchmarks.plan import Measurement, Metric, System
 from benchmarks.systems import QUEUE
-from benchmarks.targets import Target, value
+from benchmarks.targets import OURS, Target, value
 
 CASE = "10 MB every 0.2 s to 4 workers"
 TARGETS = (Target("mean versions behind", value("mean_versions", [CASE]), at_most=1),)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.cases import Start
-from benchmarks.plan import OURS, Chart, Measurement, Metric, System
+from benchmarks.plan import Chart, Measurement, Metric, System
 from benchmarks.systems import ASYNC, RAY, SUBPROC, TORCHRL_SYNC
-from benchmarks.targets import Target, value
+from benchmarks.targets import OURS, Target, value
 
 WORKERS = (1, 2, 8, 16)
 LARGEST_PEER = 8

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.cases import MB, TornReads
-from benchmarks.plan import OURS, Measurement, Metric, System
-from benchmarks.targets import Target, value
+from benchmarks.plan import Measurement, Metric, System
+from benchmarks.targets import OURS, Target, value
 
 CASE = "1 MB x 4"
 TARGETS = (

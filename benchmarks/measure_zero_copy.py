@@ -1,18 +1,18 @@
-"""What a batch costs the learner's process at one pace for all sizes: only the bytes differ."""
+"""The cost of a batch in the learner's process, at the same pace for every size."""
 
 from __future__ import annotations
 
 from benchmarks.cases import KB, MB, Bandwidth
-from benchmarks.plan import OURS, Chart, Measurement, System
+from benchmarks.plan import Chart, Measurement, System
 from benchmarks.systems import LEARNER, QUEUE
-from benchmarks.targets import Target, growth
+from benchmarks.targets import OURS, Target, growth
 
 INTERVAL = 0.02
 """Seconds before each batch: enough for the queue to pickle and send the largest."""
 SIZES = {"4 KB": 4 * KB, "64 KB": 64 * KB, "1 MB": MB, "4 MB": 4 * MB, "16 MB": 16 * MB}
 SMALLEST, LARGEST = "4 KB", "16 MB"
 FLAT = 1.3
-"""Room for the pages of a large batch, none of which is copied: copying would make it 100 times."""
+"""Room for touching the pages of a large batch; a copy of them would cost 100 times as much."""
 
 
 def measurement(quick: bool) -> Measurement:

@@ -1,4 +1,4 @@
-"""What a measurement is: its cases, systems, metrics, targets and chart, as frozen values."""
+"""The plan of a measurement: cases, systems, metrics, targets and chart, as frozen values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any, Literal
 from benchmarks.cases import Case
 from benchmarks.targets import Target
 
-OURS = "keisei"
 Metrics = dict[str, float]
 Role = Literal["ours", "peer", "limit"]
 
 
 class UnavailableError(Exception):
-    """A system cannot take part here; the message is the reason that the table shows."""
+    """A system cannot run here; the table shows the message as the reason."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class System:
     """One row of a table.
 
     Attributes:
-        name: How the row is called.
-        role: "ours", "peer", or "limit": what the machine can do at best.
+        name: The row's name.
+        role: "ours", "peer", or "limit": the best that the machine can do.
         entry: ``module:function`` in ``benchmarks``; it takes the case and returns metrics.
         options: Fields of the case that this system replaces.
         cases: Labels of the cases it runs; ``None`` is all.
@@ -66,7 +65,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One subject, measured for several systems.
+    """One quantity, measured for several systems.
 
     Attributes:
         metrics: The first one is the headline: ratios are taken of it.

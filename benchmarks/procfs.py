@@ -63,7 +63,7 @@ class CpuWatch:
 
 
 def pss_bytes(pid: int) -> int:
-    """Return the proportional set size: shared pages are divided by those who share them."""
+    """Return the proportional set size: each shared page counts by its share among its users."""
     for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Writes what was measured: Markdown for people, JSON for programs."""
+"""Writes the report: Markdown for people, JSON for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured: a record per system, case and repetition, and questions to ask of them."""
+"""The results: one record per system, case and repetition, and queries on them."""
 
 from __future__ import annotations
 
@@ -70,19 +70,19 @@ class Results:
         return summary.median if summary else None
 
     def reason(self, system: str, case: str) -> str:
-        """Return why there is no figure."""
+        """Return the reason why there is no figure."""
         for record in self.records:
             if (record.system, record.case) == (system, case) and record.status != "ok":
                 return f"{record.status}: {record.reason}" if record.reason else record.status
         return "not measured"
 
     def higher_is_better(self, metric: str) -> bool:
-        """Tell which way ``metric`` improves."""
+        """Return whether a higher value of ``metric`` is better."""
         found = next(m for m in self.measurement.metrics if m.key == metric)
         return found.better == "higher"
 
     def best(self, systems: Sequence[str], metric: str, case: str) -> str | None:
-        """Return the system with the best median, of those that have one."""
+        """Return the system with the best median, or ``None`` if none was measured."""
         measured = [(self.median(system, case, metric), system) for system in systems]
         known = [(figure, system) for figure, system in measured if figure is not None]
         if not known:

@@ -31,7 +31,7 @@ class Settings:
     Attributes:
         quick: Small sizes.
         repetitions: Replaces each measurement's own number.
-        budget: Seconds for everything; what does not fit is skipped and says so.
+        budget: Seconds for everything; cells that do not fit are recorded as skipped.
         verbose: Show what the systems print.
     """
 
@@ -52,7 +52,7 @@ class Cell:
 
 
 class Runner:
-    """Runs cells and remembers what came out, also when it is interrupted."""
+    """Runs cells and keeps their records, also when it is interrupted."""
 
     def __init__(self, settings: Settings, progress: Callable[[str], None]) -> None:
         """Start the clock of the budget."""
@@ -66,7 +66,7 @@ class Runner:
         sessions.adopt_orphans()
         cells = [cell for m in measurements for cell in self._cells(m)]
         if self._settings.quick:
-            # The costly peers come last, so that a busy machine has no time for them alone.
+            # The slow peers come last: on a busy machine only they are left out.
             cells.sort(key=_cost)
         for number, cell in enumerate(cells, 1):
             name = f"{cell.measurement.name} · {cell.system.name}"
@@ -80,8 +80,8 @@ class Runner:
     def _cells(self, measurement: Measurement) -> Iterator[Cell]:
         """Yield the cells of one measurement; each repetition begins with another system.
 
-        What is compared runs one after the other: all systems with one case, where each case has a
-        process tree of its own.
+        Rows that are compared run close together: if each case has a process tree of its own, all
+        systems run one case before the next.
         """
         repetitions = self._settings.repetitions or measurement.repetitions
         groups = [list(measurement.cases)]
@@ -175,8 +175,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
         "TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Despite its name this works everywhere: a Ray that no other machine can reach. Asking
-        # for the address 127.0.0.1 does not: Ray replaces it and listens on every interface.
+        # Despite its name this works everywhere: no other machine can reach this Ray. Asking for
+        # the address 127.0.0.1 has no effect: Ray replaces it and listens on every interface.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
     }
@@ -206,7 +206,7 @@ def _record(
 
 
 def _unfinished(cell: Cell, label: str, code: int | None, timeout: float, tail: str) -> Record:
-    """Make the record of a case that never answered."""
+    """Make the record of a case that gave no result."""
     if code is None:
         return _record(cell, label, "timeout", reason=f"not finished after {timeout:.0f} s")
     lines = [line.strip() for line in tail.splitlines() if line.strip()]
@@ -215,7 +215,7 @@ def _unfinished(cell: Cell, label: str, code: int | None, timeout: float, tail: 
 
 
 def _digest(cell: Cell, records: list[Record]) -> str:
-    """Say in one line what came out: the headline figure of the last case that has one."""
+    """Describe a cell in one line: the headline figure of the last case that has one."""
     headline = cell.measurement.metrics[0]
     for record in reversed(records):
         if record.status == "ok" and headline.key in record.metrics:

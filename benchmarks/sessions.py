@@ -15,13 +15,13 @@ from pathlib import Path
 from benchmarks import procfs
 
 GRACE = 3.0
-"""Seconds that a tree has to end by itself once it was asked to, or once its root is gone."""
+"""Seconds for a tree to end by itself after a request, or after its root is gone."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants that lose theirs, so that none of them is ever lost."""
+    """Become the parent of orphaned descendants, so that all of them can be found and ended."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
@@ -30,8 +30,8 @@ def run_session(
 ) -> int | None:
     """Run ``argv`` as the leader of a new session and wait for it.
 
-    When this returns or is interrupted, this process has no descendant any more. It signals
-    nothing but its own descendants, through descriptors of theirs, never by name or number.
+    When this returns or is interrupted, this process has no descendants any more. Signals go to
+    its own descendants only, through pidfds, never by name or number.
 
     Args:
         argv: The command.
@@ -72,7 +72,7 @@ def _wait(pidfd: int, timeout: float) -> bool:
 
 
 def _end_descendants() -> None:
-    """Give what is left of the tree a moment, then kill it, until nothing is left."""
+    """Wait a moment for the rest of the tree, then kill it, until nothing is left."""
     deadline = time.monotonic() + GRACE
     while left := procfs.descendants():
         for pid in left:
@@ -91,7 +91,7 @@ def _end(pid: int, deadline: float) -> None:
 
 
 def _reap_orphans() -> None:
-    """Collect the adopted ones that ended; this process has no other children at that point."""
+    """Reap the adopted processes that ended; this process has no other children at that point."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

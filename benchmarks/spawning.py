@@ -34,9 +34,9 @@ def processes(
 
 
 def bounded(call: Callable[[], T], seconds: float, what: str) -> T:
-    """Return what ``call`` returns, but wait no longer than ``seconds``.
+    """Return the result of ``call``, but wait no longer than ``seconds``.
 
-    The call goes on in a daemon thread if it is late: only for a process that ends soon after.
+    A late call goes on in a daemon thread, so use it only where the process ends soon after.
 
     Raises:
         TimeoutError: If it is late.

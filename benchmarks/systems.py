@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from benchmarks.plan import OURS, Metric, System
+from benchmarks.plan import Metric, System
+from benchmarks.targets import OURS
 
 TORCHRL_SYNC, TORCHRL_ASYNC = "TorchRL MultiSync", "TorchRL MultiAsync"
 TORCHRL = (TORCHRL_SYNC, TORCHRL_ASYNC)
 RAY = "Ray actors"
 RLLIB = "RLlib env runners"
 SLOW_STARTERS = frozenset({*TORCHRL, RAY, RLLIB})
-"""Ten seconds each, however little there is to measure."""
+"""They take ten seconds each, however small the measurement is."""
 QUEUE, QUEUE_GZIP = "mp.Queue", "mp.Queue + gzip"
 AIO = "aiomultiprocess.Pool"
 ASYNC_2, ASYNC_8 = "AsyncVectorEnv, 2 envs", "AsyncVectorEnv, 8 envs"

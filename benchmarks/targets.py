@@ -1,26 +1,51 @@
-"""Targets as data, and what is compared with them: ratios to peers and limits, bounds, flatness."""
+"""Targets as data, and the figures that they are compared with: ratios, bounds and growth."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from benchmarks.results import Results
-
-Figure = Callable[["Results"], float | None]
 OURS = "keisei"
+
+
+class Measured(Protocol):
+    """What a target asks of the results of a measurement; ``benchmarks.results`` has them."""
+
+    def series(self, system: str, case: str, metric: str) -> list[float | None]:
+        """Return a figure by repetition; ``None`` where it was not measured."""
+        ...
+
+    def median(self, system: str, case: str, metric: str) -> float | None:
+        """Return the median over the repetitions, or ``None`` if it was never measured."""
+        ...
+
+    def higher_is_better(self, metric: str) -> bool:
+        """Return whether a higher figure is the better one."""
+        ...
+
+    def best(self, systems: Sequence[str], metric: str, case: str) -> str | None:
+        """Return the system with the best median, or ``None`` if none was measured."""
+        ...
+
+    def times_better(
+        self, system: str, others: Sequence[str], metric: str, case: str
+    ) -> float | None:
+        """Return how many times better ``system`` is than the best of ``others``."""
+        ...
+
+
+Figure = Callable[[Measured], float | None]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What must be reached: ``figure`` at least, or at most, a value.
+    """A bound that keisei's figure must keep.
 
     Attributes:
-        text: What is measured, in words.
-        figure: Takes the measurement's results; ``None`` if something it needs is missing.
+        text: The figure, in words.
+        figure: Computes it from the results; returns ``None`` if a measurement is missing.
     """
 
     text: str
@@ -63,7 +88,7 @@ def paired_ratio(ours: Sequence[float | None], other: Sequence[float | None]) ->
 def ahead_of(peers: Sequence[str], metric: str, cases: Sequence[str]) -> Figure:
     """How many times better keisei is than the best of ``peers``, in its weakest case."""
 
-    def figure(results: Results) -> float | None:
+    def figure(results: Measured) -> float | None:
         ratios = [results.times_better(OURS, peers, metric, case) for case in cases]
         return _worst(ratios, min)
 
@@ -73,7 +98,7 @@ def ahead_of(peers: Sequence[str], metric: str, cases: Sequence[str]) -> Figure:
 def faster_across(peers: Sequence[str], metric: str, ours_case: str, peers_case: str) -> Figure:
     """How many times less time keisei takes in one case than the best of ``peers`` in another."""
 
-    def figure(results: Results) -> float | None:
+    def figure(results: Measured) -> float | None:
         best = results.best(peers, metric, peers_case)
         if best is None:
             return None
@@ -86,7 +111,7 @@ def faster_across(peers: Sequence[str], metric: str, ours_case: str, peers_case:
 def of_limit(limit: str, metric: str, cases: Sequence[str]) -> Figure:
     """Keisei / limit in its weakest case: below 1 for a rate, above 1 for a time."""
 
-    def figure(results: Results) -> float | None:
+    def figure(results: Measured) -> float | None:
         pick = min if results.higher_is_better(metric) else max
         ratios = [
             paired_ratio(results.series(OURS, case, metric), results.series(limit, case, metric))
@@ -100,7 +125,7 @@ def of_limit(limit: str, metric: str, cases: Sequence[str]) -> Figure:
 def value(metric: str, cases: Sequence[str]) -> Figure:
     """Keisei's own figure in its weakest case."""
 
-    def figure(results: Results) -> float | None:
+    def figure(results: Measured) -> float | None:
         pick = min if results.higher_is_better(metric) else max
         return _worst([results.median(OURS, case, metric) for case in cases], pick)
 
@@ -110,13 +135,13 @@ def value(metric: str, cases: Sequence[str]) -> Figure:
 def growth(metric: str, first: str, last: str) -> Figure:
     """Keisei's figure in case ``last`` divided by that in case ``first``; 1 is flat."""
 
-    def figure(results: Results) -> float | None:
+    def figure(results: Measured) -> float | None:
         return paired_ratio(results.series(OURS, last, metric), results.series(OURS, first, metric))
 
     return figure
 
 
 def _worst(figures: Sequence[float | None], pick: Callable[[list[float]], float]) -> float | None:
-    """Return the weakest figure; one that is missing makes the whole target unmeasured."""
+    """Return the weakest figure, or ``None`` if any figure is missing."""
     known = [figure for figure in figures if figure is not None]
     return pick(known) if known and len(known) == len(figures) else None

@@ -31,7 +31,7 @@ def repeat(seconds: float, at_least: int) -> Iterator[int]:
 
 
 class Meter:
-    """Counts what reaches the learner, after a warm-up, and reads one byte per observation."""
+    """Counts the transitions that reach the learner after a warm-up; reads a byte of each."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Meter:
         self.checksum = 0.0
 
     def add(self, data: Mapping[str, torch.Tensor], steps: int) -> bool:
-        """Take one batch; ``False`` means that enough was seen."""
+        """Count one batch; return ``False`` when the measurement is complete."""
         for field in self._fields:
             if field not in data:
                 raise ValueError(f"the batch lacks the field {field!r}; it has {sorted(data)}")

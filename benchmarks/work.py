@@ -28,7 +28,7 @@ class PixelEnv(gymnasium.Env[NDArray[np.uint8], int]):
     """Observations of four 84x84 frames, a step that costs nothing, episodes that never end."""
 
     def __init__(self) -> None:
-        """Draw the one frame that every step returns."""
+        """Draw the frame that every step returns."""
         self.observation_space = gymnasium.spaces.Box(0, 255, PIXELS, np.uint8)
         self.action_space = gymnasium.spaces.Discrete(4)
         self._frame = np.random.default_rng(0).integers(0, 256, PIXELS, dtype=np.uint8)
@@ -183,7 +183,7 @@ class RandomRollout:
         return arrays
 
     def _bare(self) -> Arrays:
-        """Step, and keep nothing: what the environment and the action cost by themselves."""
+        """Step and keep nothing: the cost of the environment and the action alone."""
         env = self._env
         for action in self._rng.integers(self._actions, size=self._length).tolist():
             _, _, terminated, truncated, _ = env.step(action)
@@ -240,10 +240,10 @@ class PolicyRollout:
 
 
 class ShogiRollout:
-    """Finished batches of the size that a shogi player makes: only moving them costs anything."""
+    """Finished batches of the size of shogi games: the only cost is that of moving them."""
 
     def __init__(self, batch: int, seed: int) -> None:
-        """Draw the one batch that every call returns."""
+        """Draw the batch that every call returns."""
         rng = np.random.default_rng(seed)
         self._arrays: Arrays = {
             "obs": rng.random((batch, *SHOGI_PLANES), np.float32),

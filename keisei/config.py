@@ -1,4 +1,4 @@
-"""ParallelConfig and RestartPolicy: validated values, nothing else."""
+"""ParallelConfig and RestartPolicy: the options of a pool as validated values."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from pydantic import (
 
 from keisei.devices import device_problem
 from keisei.exceptions import ConfigurationError
+from keisei.naming import public
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeSeconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Values(BaseModel, frozen=True, extra="forbid", validate_default=True):
-    """Immutable, strict about names, and one readable error for all problems at once.
+    """Base of the configurations: immutable, without unknown keys, all problems in one error.
 
-    A rule between two fields is a validator of the later one, never of the whole model: pydantic
-    skips the latter when any field is wrong, and its problem would be missing from the list.
+    A rule between two fields is a validator of the later field, never of the whole model: pydantic
+    skips a model's validators when any field is wrong, and the error would not list the problem.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -43,10 +44,10 @@ class _Values(BaseModel, frozen=True, extra="forbid", validate_default=True):
 
 
 def _problems(finding: Any, model: type[_Values]) -> list[str]:
-    """Turn one finding of pydantic into lines of key, value and remedy."""
+    """Describe one finding of pydantic in lines of key, value and remedy."""
     key = ".".join(str(part) for part in finding["loc"])
     cause = finding.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigurationError):  # of the policy inside the configuration
+    if isinstance(cause, ConfigurationError):  # the restart policy's own error
         return [f"{key}.{problem}" for problem in cause.problems]
     value = finding["input"]
     message = str(finding["msg"]).removeprefix("Value error, ")
@@ -65,17 +66,20 @@ def _nearest(*, value: object, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+@public
 class RestartPolicy(_Values, frozen=True):
-    """How often, and how soon, a slot that failed is filled again.
+    """How often, and how soon, the pool restarts a worker that failed.
 
     Attributes:
-        max_restarts: At most this many failures in ``restart_window`` (OTP's restart
-            intensity); one more escalates.
-        restart_window: Seconds that a failure is remembered.
-        backoff_base: Seconds; the n-th failure in a row waits a random time up to
-            ``backoff_base`` · 2^(n-2). The first restart is immediate.
+        max_restarts: Failures that ``restart_window`` may hold (OTP's restart intensity); with one
+            more the pool escalates, as ``on_exhausted`` says.
+        restart_window: Seconds for which a failure counts.
+        backoff_base: Seconds. The first restart of a slot is immediate; before the restart that
+            follows the n-th failure in a row the pool waits a random time, at most
+            ``backoff_base`` · 2^(n-2), for n from 2 on.
         backoff_cap: Seconds; the longest wait.
-        reset_after: Seconds of proven health after which a slot's row of failures is forgotten.
+        reset_after: A worker that was ready for this many seconds has proved its health: the
+            slot's failures in a row are counted from zero again.
         max_concurrent_starts: Processes that may be starting at the same time.
     """
 
@@ -95,48 +99,62 @@ class RestartPolicy(_Values, frozen=True):
         return cap
 
 
+@public
 class ParallelConfig(_Values, frozen=True):
-    """Everything that can be set about a pool. Every timeout is in seconds.
+    """The options of a pool. Every timeout is in seconds.
 
     Attributes:
-        num_workers: Slots.
+        num_workers: Worker processes, one in each slot.
         mode: "async": workers run ahead as far as ``max_queue_size`` lets them. "sync": rounds
             of exactly one experience per worker, all with the newest weights.
         backend: "local" processes, or "inline": the same pool inside the application's own
             process and loop, for debugging.
-        start_method: "forkserver" (fast, from a preloaded server) or "spawn".
+        start_method: "forkserver", which forks workers from a server process that has imported
+            the preloaded modules, or "spawn", in which each worker imports everything itself.
         preload: Modules that the fork server imports once; ``None`` chooses torch, the
             library's own, and the module of the worker. They must start no threads.
-        seed: Root of every worker's seed; ``None`` draws one, which ``stats()`` tells.
-        max_queue_size: Experiences per worker that may wait for the learner. Where they take a
-            millisecond each, 8 to 16 let several be read at once.
-        overflow: What a full queue does: "block" the worker, or "drop_oldest".
+        seed: The seed from which every worker's seed is derived; ``None`` draws one, which
+            ``stats()`` returns.
+        max_queue_size: Experiences of each worker that may wait for the learner. If an experience
+            takes about a millisecond, 8 to 16 let the learner read several at once.
+        overflow: When a worker's queue is full: "block" lets the worker wait, "drop_oldest"
+            discards its oldest experience.
         sync_interval: Learner updates between two weight pushes of ``run()``.
-        max_staleness: Largest wanted policy lag of a delivered batch, in versions; ``None``
-            sets no limit.
-        staleness_policy: "pace": workers wait rather than run further ahead than that; "drop":
-            older batches are discarded and counted; "mark": ``batch.staleness`` only.
-        compression_enabled: Whether ``ModelSynchronizer`` compresses what it prepares. Weights
+        max_staleness: The largest policy lag that a delivered batch should have, in versions;
+            ``None`` sets no limit.
+        staleness_policy: How ``max_staleness`` is kept. "pace": workers wait before they run
+            further ahead; "drop": older batches are discarded and counted; "mark": it is not kept,
+            and ``batch.staleness`` tells the lag.
+        compression_enabled: Compress weights where they leave this machine or are saved. Weights
             in shared memory are never compressed.
-        check_finite: Count pushes that hold NaN or infinity, in ``stats()``.
-        worker_device_map: "auto" (round robin over the GPUs, ``max_workers_per_gpu`` on each,
-            then the CPU), one device for all, or one for each worker.
+        check_finite: Count the pushes whose weights hold NaN or infinity, in ``stats()``.
+        worker_device_map: The device that each worker is told to use: "auto" (the GPUs in turn,
+            ``max_workers_per_gpu`` workers on each, the others on the CPU), one device for all
+            workers, or a sequence with one device for each.
         max_workers_per_gpu: See ``worker_device_map``.
         threads_per_worker: ``torch.set_num_threads`` in each worker.
-        start_timeout: From the start of a process until ``setup`` is done; the first process
-            waits for the fork server's imports too.
-        command_timeout: Default deadline of a command, and of loading weights in a worker.
-        collect_timeout: Longest time without progress inside one ``collect``: the hang deadline.
-        shutdown_timeout: From the stop frame to SIGTERM; SIGKILL follows a quarter of it later.
+        start_timeout: A worker must be ready this long after its process was started, or after
+            its last ``context.progress()`` in ``setup``; else the pool kills it. For the first
+            process the imports of the fork server count too.
+        command_timeout: How long a caller waits for the replies to a command, for ``pause``, and
+            for ``push_weights(wait=True)``, unless the call has a timeout of its own. The worker
+            is not killed then.
+        collect_timeout: A worker that makes no progress for this long while it has something to
+            do has hung, and the pool kills it; ``context.progress()`` is progress. In a command
+            and in ``load_weights`` the limit is the longer one of this and ``command_timeout``.
+        shutdown_timeout: How long the workers may take to end by themselves when the pool stops;
+            SIGTERM follows, and SIGKILL after another quarter of this time. ``run()`` also waits
+            this long for an update of the learner when it is cancelled.
         restart: A ``RestartPolicy`` or a mapping.
-        min_workers: With ``on_exhausted="degrade"``: fewer ready slots than this escalate.
-        on_exhausted: "raise" ends the pool when a slot fails too often; "degrade" gives the
-            slot up and goes on.
+        min_workers: With ``on_exhausted="degrade"``, the pool ends when fewer slots than this
+            are left.
+        on_exhausted: When there are more failures than ``restart`` allows: "raise" ends the pool;
+            "degrade" counts each slot by itself, gives that slot up, and goes on with the others.
         max_worker_rss: Bytes of resident memory above which a worker is replaced between two
             experiences; ``None`` never.
         max_experiences_per_worker: Experiences after which a worker is replaced; ``None`` never.
-        poison_threshold: Distinct slots that must fail on one weights version before it is
-            withdrawn; ``None`` never withdraws.
+        poison_threshold: When this many slots have failed with the same weights version, the
+            version before it is published again; ``None`` never does.
     """
 
     num_workers: int = Field(default=2, ge=1, le=1024)
@@ -210,7 +228,7 @@ class ParallelConfig(_Values, frozen=True):
 
     @classmethod
     def of(cls, config: ParallelConfig | Mapping[str, Any] | None) -> ParallelConfig:
-        """Return ``config`` itself, a mapping validated, or the defaults.
+        """Return ``config`` itself, a validated mapping, or the defaults for ``None``.
 
         Raises:
             ConfigurationError: If any value cannot work; every problem is listed.

@@ -1,4 +1,4 @@
-"""What the pool tells the world, as frozen values."""
+"""What the pool tells observers and event streams, as frozen values."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from keisei.naming import public
+
 
 class ExitCause(enum.StrEnum):
     """Why a worker's process ended."""
 
     GOODBYE = "goodbye"
-    """It said goodbye in an orderly way (after a stop frame)."""
+    """It ended in an orderly way, after a request to stop."""
     REQUESTED = "requested"
     """The pool ended it while stopping or scaling down."""
     RECYCLED = "recycled"
@@ -26,13 +28,13 @@ class ExitCause(enum.StrEnum):
     EXIT = "exit"
     """It exited by itself without saying goodbye."""
     HANG = "hang"
-    """It made no progress within its deadline and was killed."""
+    """It made no progress within its deadline, and the pool killed it."""
     PROTOCOL = "protocol error"
-    """It closed or garbled a queue while alive and was killed."""
+    """It closed a queue or sent invalid bytes while alive, and the pool killed it."""
     LOST = "lost"
-    """It is gone and nobody could tell its exit code."""
+    """It is gone, and its exit code is unknown."""
     ABANDONED = "abandoned"
-    """It could not be killed and was left behind."""
+    """SIGKILL did not end it, and the pool left it behind."""
 
     @property
     def is_failure(self) -> bool:
@@ -59,6 +61,7 @@ def signal_name(exitcode: int | None) -> str | None:
         return f"signal {-exitcode}"
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Incident:
     """The record of one failure.
@@ -67,18 +70,18 @@ class Incident:
         worker_id: The slot that failed.
         incarnation: The process of that slot.
         cause: Why it ended.
-        detail: What is known beyond the cause, in one line; may be empty.
+        detail: More about the cause, in one line; may be empty.
         exitcode: Exit code, minus the signal's number after a signal, ``None`` if unknown.
-        phase: What it was doing: "start", "load_weights", "collect", "command", "idle" …
+        phase: Its activity at its end: "start", "load_weights", "collect", "command", "idle" …
         traceback: Remote traceback or native stack, as text, or ``None``.
         weights_version: The version that it had applied; 0 is none.
         experiences_lost: Experiences that it had begun and not finished.
-        commands_lost: Commands that it had received or was sent and never answered.
+        commands_lost: Commands that were sent to it and that it never answered.
         remedy: What the pool did about it.
         delay: Seconds of back-off before the replacement starts.
         monotonic: ``time.monotonic()`` in seconds when the end was noticed.
-        last_command: The name of the last command it took up, or ``None``.
-        rss: Last resident memory known, in bytes, or ``None``.
+        last_command: The name of the last command that it began, or ``None``.
+        rss: Its resident memory in bytes when that was last read, or ``None``.
         stderr: The last lines that it wrote to its standard error, or "".
     """
 
@@ -120,7 +123,7 @@ class Incident:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of everything that the pool tells."""
+    """Base of all events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +142,7 @@ class PoolStopped(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerStarted(Event):
-    """A process was started; it is not ready yet."""
+    """A process was started; its worker is not ready yet."""
 
     worker_id: int
     incarnation: int
@@ -157,13 +160,24 @@ class WorkerReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerSuspected(Event):
-    """Half of a phase's deadline passed without progress."""
+    """A worker may be hanging: half of its deadline passed without progress, or it was stopped.
+
+    Attributes:
+        worker_id: The slot.
+        incarnation: The process of that slot.
+        phase: Its activity: "start", "collect", "command" …
+        seconds: Time since its last progress.
+        stacks: The stacks of its threads, if it could write them, or "".
+        state: The process state as the kernel names it, one letter, or "" if it is unknown. "T" is
+            a process that a signal has stopped; it does nothing until SIGCONT.
+    """
 
     worker_id: int
     incarnation: int
     phase: str
     seconds: float
     stacks: str = ""
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +191,14 @@ class WorkerExited(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerIncident(Event):
-    """A worker failed; the incident says how and what was done."""
+    """A worker failed; the incident says how, and what the pool did about it."""
 
     incident: Incident
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerGivenUp(Event):
-    """A slot will not be started again; the others go on."""
+    """The pool will not fill this slot again; the other slots go on."""
 
     worker_id: int
     incident: Incident
@@ -207,7 +221,7 @@ class WeightsPushed(Event):
 
 @dataclass(frozen=True, slots=True)
 class PoolPaused(Event):
-    """Every worker stands still."""
+    """Every worker has finished its experience and waits for ``resume``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +248,7 @@ class UpdateCompleted(Event):
         num_workers: Workers that are ready now.
         num_restarts: Restarts since the pool started.
         staleness: Mean policy lag of the update's batches, in versions.
-        metrics: What ``learn`` returned, if it was a mapping.
+        metrics: The numbers among the metrics that ``learn`` returned, as plain floats.
     """
 
     update: int

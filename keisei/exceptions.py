@@ -7,6 +7,7 @@
     ├── SerializationError (TypeError)     a factory, command or reply that cannot travel
     ├── ManagerStateError (RuntimeError)   used before start, after stop, or from another loop
     ├── CollectTimeout (TimeoutError)      not enough experience in time; nothing was lost
+    ├── LearnerTimeout (TimeoutError)      the learner did not return when the run should end
     ├── PoolExhausted                      restart intensity exceeded, or too few slots are left
     ├── WeightsError (ValueError)          weights that do not fit the ones before them
     │   └── PoisonedWeights                a version that killed its workers, now withdrawn
@@ -30,6 +31,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from keisei.naming import public
+
 if TYPE_CHECKING:
     from keisei.events import Incident
 
@@ -37,10 +40,12 @@ if TYPE_CHECKING:
 _STDERR_LINES = 20
 
 
+@public
 class KeiseiError(Exception):
     """Base of every error raised by the library."""
 
 
+@public
 class ConfigurationError(KeiseiError, ValueError):
     """A configuration that cannot work.
 
@@ -58,18 +63,44 @@ class ConfigurationError(KeiseiError, ValueError):
         return type(self), (self.problems,)
 
 
+@public
 class SerializationError(KeiseiError, TypeError):
     """A value cannot be sent to, or received from, another process."""
 
 
+@public
 class ManagerStateError(KeiseiError, RuntimeError):
     """A manager was used in a state, or from an event loop, in which it cannot serve."""
 
 
+@public
 class CollectTimeout(KeiseiError, TimeoutError):
     """Too little experience arrived in time; what did arrive stays queued for the next call."""
 
 
+@public
+class LearnerTimeout(KeiseiError, TimeoutError):
+    """The learner did not return in time when ``run()`` should end, and was abandoned.
+
+    Attributes:
+        stack: Where the learner's thread, or its coroutine, stood then, as text.
+    """
+
+    def __init__(self, message: str, stack: str = "") -> None:
+        self.message = message
+        self.stack = stack
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        if self.stack:
+            return f"{self.message}\n\nWhere it stands:\n{self.stack.rstrip()}"
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.stack)
+
+
+@public
 class PoolExhausted(KeiseiError):
     """Workers failed more often than the restart policy allows.
 
@@ -96,10 +127,12 @@ class PoolExhausted(KeiseiError):
         return type(self), (self.message, self.incidents)
 
 
+@public
 class WeightsError(KeiseiError, ValueError):
     """Weights whose names, shapes or types differ from the first ones that were pushed."""
 
 
+@public
 class PoisonedWeights(WeightsError):
     """A weights version killed the workers that applied it and was withdrawn.
 
@@ -118,6 +151,7 @@ class PoisonedWeights(WeightsError):
         return type(self), (self.message, self.version, self.replacement)
 
 
+@public
 class WorkerError(KeiseiError):
     """Something happened in, or to, one worker.
 
@@ -165,41 +199,51 @@ class WorkerError(KeiseiError):
         return type(self), facts, {"replies": self.replies, "errors": self.errors}
 
 
+@public
 class WorkerStartError(WorkerError):
     """A worker never became ready: its factory, its imports or ``setup`` failed, or it hung."""
 
 
+@public
 class WorkerLost(WorkerError):
     """A worker's process ended while something was expected of it."""
 
 
+@public
 class CommandError(WorkerError):
     """A worker answered a command with an error."""
 
 
+@public
 class CommandTimeout(WorkerError, TimeoutError):
     """A worker did not answer a command in time; its late answer will be dropped."""
 
 
+@public
 class QueueError(KeiseiError):
     """Base of the errors of the queues between processes."""
 
 
+@public
 class QueueTimeout(QueueError, TimeoutError):
     """The deadline passed; nothing was taken or added, and the queue stays usable."""
 
 
+@public
 class QueueWouldBlock(QueueError):
     """The queue is empty (``get_nowait``) or full (``put_nowait``)."""
 
 
+@public
 class QueueClosed(QueueError):
     """This side of the queue was closed by its owner."""
 
 
+@public
 class QueueBroken(QueueError):
     """The peer died in the middle of a frame; the partial frame was discarded."""
 
 
+@public
 class QueueEnded(QueueError):
     """The peer closed its end; every frame that it sent was read."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from keisei.naming import public
+
 if TYPE_CHECKING:
     import torch
 
@@ -14,6 +16,7 @@ def _nothing() -> None:
     """Stand in where nobody watches: a context that was made by hand."""
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
     """What a worker is told about itself, once, in ``setup``.
@@ -46,6 +49,7 @@ class WorkerContext:
         self._progress()
 
 
+@public
 @dataclass(frozen=True, slots=True)
 class Experience:
     """What one ``collect`` returns.
@@ -62,6 +66,7 @@ class Experience:
     num_steps: int | None = None
 
 
+@public
 class Worker:
     """User code that runs in a process of its own; subclass it and override the hooks.
 

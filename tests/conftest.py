@@ -15,6 +15,7 @@ from hypothesis import settings
 import pool_workers
 import refusal
 from keisei.backends.local import warm_fork_server
+from keisei.protocol import coalescer
 from keisei.training.parallel.parallel_manager import ParallelManager
 
 pytest_plugins = ["keisei.testing.pytest_plugin"]
@@ -86,3 +87,20 @@ def make_manager(
         return ParallelManager(worker, config={**parallel_config, **arguments}, **own)
 
     return make
+
+
+@pytest.fixture
+def force_rests(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what has every queue of experiences rest for so many seconds after each look.
+
+    A reader rests by itself only where a worker with much work delivers fast. The forced rests
+    come as soon as a worker has more to deliver; what is longer than a test ends with its pool.
+    """
+
+    def force(seconds: float) -> None:
+        def always(_: object, now: float, count: int, outstanding: int) -> float | None:
+            return now + seconds if count and outstanding else None
+
+        monkeypatch.setattr(coalescer.Coalescer, "next_look", always)
+
+    return force

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import os
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -116,61 +111,6 @@ async def until_ready(events: EventStream, worker_id: int, incarnation: int) -> 
     )
     assert ready.pid is not None
     return ready.pid
-
-
-# the loop's lag
-
-
-@contextmanager
-def measured_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], tuple[float, str]]]:
-    """Measure how long each callback of an event loop holds it up, without what others take.
-
-    The kernel tells how long a thread that could run did not get a processor
-    (``/proc/…/schedstat``); that is the machine's lag, not the callback's. Nor is a full run of
-    the garbage collector, which falls to whoever allocates next and goes over all objects of the
-    process: a tenth of a second in a run of the whole suite.
-
-    Yields:
-        A function that returns the longest time in seconds, and the callback.
-    """
-    worst = (0.0, "")
-    run = asyncio.Handle._run
-    thread = threading.get_ident()
-    schedstat = os.open(f"/proc/self/task/{threading.get_native_id()}/schedstat", os.O_RDONLY)
-    collecting = collected = 0.0
-
-    def on_collection(phase: str, _: dict[str, int]) -> None:
-        nonlocal collecting, collected
-        if phase == "start":
-            collecting = time.perf_counter()
-        else:
-            collected += time.perf_counter() - collecting
-
-    def of_others() -> float:
-        """Return the seconds that the collector took, or this thread waited for a processor."""
-        return collected + int(os.pread(schedstat, 100, 0).split()[1]) / 1e9
-
-    def timed(handle: asyncio.Handle) -> None:
-        nonlocal worst
-        if threading.get_ident() != thread:
-            run(handle)
-            return
-        others_before, began = of_others(), time.perf_counter()
-        run(handle)
-        taken = time.perf_counter() - began
-        if taken > worst[0]:
-            taken -= of_others() - others_before
-            if taken > worst[0]:
-                worst = (taken, repr(handle))
-
-    monkeypatch.setattr(asyncio.Handle, "_run", timed)
-    gc.callbacks.append(on_collection)
-    try:
-        yield lambda: worst
-    finally:
-        gc.callbacks.remove(on_collection)
-        monkeypatch.undo()
-        os.close(schedstat)
 
 
 def kinds(incidents: Any) -> list[tuple[int, int, ExitCause]]:

@@ -76,9 +76,9 @@ async def worker_processes(
     await backend.open()
     handles: list[ProcessHandle] = []
     try:
-        for worker_id, channel in communicator.channels.items():
+        for worker_id, line in communicator.lines.items():
             endpoints = communicator.endpoints(worker_id)
-            channel.send(hello(factory, worker_id, communicator))
+            line.send(hello(factory, worker_id, communicator))
             handles.append(await backend.start(endpoints, f"worker-{worker_id}"))
         yield handles
     finally:

@@ -98,6 +98,40 @@ class ExitsOnPickling:
         raise SystemExit(3)
 
 
+class WhereUnpickled:
+    """Becomes the identifier of the thread that unpickles it."""
+
+    def __reduce__(self) -> Any:
+        return threading.get_ident, ()
+
+
+class Verbose(Counting):
+    """Answers with so many bytes, or so many values, and where they were unpickled."""
+
+    def on_command(self, command: str, data: Any) -> Any:
+        match command:
+            case "large":
+                return bytes(data), WhereUnpickled()
+            case "many":
+                return [(number, str(number)) for number in range(data)], WhereUnpickled()
+            case _:
+                return super().on_command(command, data)
+
+
+class Laden(Counting):
+    """Sends so many bytes of ``info`` with each experience, or of tensors in it."""
+
+    def __init__(self, *, info: int = 0, data: int = 0) -> None:
+        super().__init__()
+        self.info, self.data = info, data
+
+    def experience(self) -> Experience:
+        made = super().experience()
+        info = {"large": bytes(self.info), "where": WhereUnpickled()}
+        large = torch.zeros(self.data, dtype=torch.uint8)
+        return Experience({**made.data, "large": large}, info, num_steps=1)
+
+
 class Coroutine(Counting):
     """The same, as a coroutine that suspends itself in every ``collect``."""
 
@@ -307,6 +341,13 @@ class Returning(Worker):
 
     def collect(self) -> Any:
         return self.value() if callable(self.value) else self.value
+
+
+class Taking(Returning):
+    """Takes weights and does nothing with them."""
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        self.version = version
 
 
 class FailsOnPickling:

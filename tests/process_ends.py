@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import select
 import threading
-from pathlib import Path
 
 from keisei.ipc.kernel import has_pidfd
+from keisei.testing.leaks import has_ended
 
 _LOOK = 10
 """Milliseconds between two looks at a process, where there is no pidfd."""
@@ -25,16 +25,9 @@ def end_of(pid: int) -> int:
     def watch() -> None:
         poll = select.poll()
         poll.register(tell, 0)  # an error, once the reading end is closed
-        while _lives(pid) and not poll.poll(_LOOK):
+        while not has_ended(pid) and not poll.poll(_LOOK):
             pass
         os.close(tell)
 
     threading.Thread(target=watch, name="end of a process", daemon=True).start()
     return told
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
-    except OSError:
-        return False

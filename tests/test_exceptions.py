@@ -15,6 +15,7 @@ from keisei.exceptions import (
     CommandTimeout,
     ConfigurationError,
     KeiseiError,
+    LearnerTimeout,
     PoisonedWeights,
     PoolExhausted,
     WorkerError,
@@ -50,6 +51,8 @@ def an_instance_of(kind: type[KeiseiError]) -> KeiseiError:
         return ConfigurationError(["a = 1: unknown key", "b = 2: must be 3"])
     if kind is PoolExhausted:
         return PoolExhausted("too many", [INCIDENT])
+    if kind is LearnerTimeout:
+        return LearnerTimeout("learn() did not return", "in learn\n")
     if kind is PoisonedWeights:
         return PoisonedWeights("version 7 kills", version=7, replacement=8)
     return kind("what happened")
@@ -73,7 +76,7 @@ def test_the_printed_tree_is_the_real_one():
     """Every class, its place and its built-in parent are drawn in the module's docstring."""
     real = {kind.__name__: tuple(base.__name__ for base in kind.__bases__) for kind in CLASSES}
     assert printed_tree() == real
-    assert len(real) == 19
+    assert len(real) == 20
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
@@ -107,7 +110,7 @@ def test_an_error_is_also_of_the_built_in_kind_that_is_drawn(kind):
 def test_every_deadline_is_a_timeout_error():
     """What asyncio's own deadlines raise catches ours too."""
     deadlines = {kind.__name__ for kind in CLASSES if issubclass(kind, asyncio.TimeoutError)}
-    assert deadlines == {"CollectTimeout", "CommandTimeout", "QueueTimeout"}
+    assert deadlines == {"CollectTimeout", "CommandTimeout", "LearnerTimeout", "QueueTimeout"}
 
 
 def test_a_configuration_error_lists_its_problems():

@@ -33,6 +33,7 @@ from keisei import (
     WorkerStartError,
 )
 from keisei.events import ExitCause, Remedy, WorkerSuspected
+from keisei.protocol import messages
 from keisei.testing.failpoints import (
     Failpoint,
     Gate,
@@ -165,7 +166,7 @@ class TestParallelSystem:
         ends = communicator.endpoints(0)
         try:
             for number in range(3):
-                communicator.channels[0].control.put_nowait(number)
+                communicator.lines[0].send(messages.Pause(number))
             info = communicator.get_queue_info()
             assert (info.num_workers, info.max_queue_size) == (2, 2)
             assert info.control_queue_sizes == (3, 0)
@@ -177,7 +178,7 @@ class TestParallelSystem:
             assert communicator.get_queue_info().experience_queue_sizes == (0, 0)
             with pytest.raises(QueueWouldBlock):
                 ends.experience.put_nowait(b"an experience without a credit")
-            communicator.channels[0].grant(2)
+            communicator.lines[0].grant(2)
             assert ends.experience.refresh() == 2
         finally:
             ends.close()
@@ -562,10 +563,10 @@ class TestPerformance:
 
     async def test_a_batch_and_a_weights_version_are_never_pickled(self, make_manager):
         """Their bytes do not pass through a queue: its frames stay small whatever their size."""
-        worker = partial(pool_workers.Returning, {"x": torch.zeros(1_000_000)})
+        worker = partial(pool_workers.Taking, {"x": torch.zeros(1_000_000)})
         config = {"num_workers": 1, "mode": "sync"}
         async with fail_after(30), make_manager(worker, **config) as manager:
-            held = manager._pool.communicator.experience_queues[0].reader
+            held = manager._pool.communicator.experience_queues[0]
             assert held is not None
             await manager.push_weights({"w": torch.zeros(1_000_000)})
             sizes = []

@@ -25,6 +25,7 @@ ROOT = TESTS.parent
 
 # Who may import whom: a room sees those of lower rank, and its own.
 RANKS = {
+    "naming": 0,
     "exceptions": 0,
     "config": 0,
     "devices": 0,
@@ -51,6 +52,7 @@ PUBLIC_NAMES = [
     "Incident",
     "KeiseiError",
     "Learner",
+    "LearnerTimeout",
     "ManagerStateError",
     "ModelSynchronizer",
     "ParallelConfig",
@@ -97,19 +99,25 @@ class Import:
         return f"{self.importer}:{self.line} imports {self.target}"
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def modules_of(package: Path) -> dict[str, Path]:
+    """Return the modules of a package, by name."""
+    modules = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = modules_of(PACKAGE)
+BENCHMARKS = modules_of(ROOT / "benchmarks")
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 
 
 def is_type_checking(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def imports_of(module: str) -> Iterator[Import]:
+def imports_of(module: str, modules: dict[str, Path]) -> Iterator[Import]:
     """Find every import of a module, in functions and under TYPE_CHECKING too."""
 
     def visit(node: ast.AST, at_load: bool) -> Iterator[Import]:
@@ -121,7 +129,7 @@ def imports_of(module: str) -> Iterator[Import]:
                 assert child.level == 0, f"{module}:{child.lineno} is a relative import"
                 for alias in child.names:
                     target = f"{child.module}.{alias.name}"
-                    known = target in MODULES or child.module is None
+                    known = target in modules or child.module is None
                     name = target if known else str(child.module)
                     yield Import(module, name, child.lineno, at_load)
             else:
@@ -129,10 +137,22 @@ def imports_of(module: str) -> Iterator[Import]:
                 hidden = isinstance(child, ast.stmt) and is_type_checking(child)
                 yield from visit(child, at_load and not late and not hidden)
 
-    yield from visit(ast.parse(MODULES[module].read_text(encoding="utf-8")), at_load=True)
+    yield from visit(ast.parse(modules[module].read_text(encoding="utf-8")), at_load=True)
 
 
-IMPORTS = [found for module in MODULES for found in imports_of(module)]
+def circles_in(modules: dict[str, Path]) -> list[str]:
+    """Return the names on a circle of imports, annotations and functions included, or nothing."""
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for module in modules:
+        graph[module] = {one.target for one in imports_of(module, modules)} & {*modules} - {module}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+IMPORTS = [found for module in MODULES for found in imports_of(module, MODULES)]
 INTERNAL = [one for one in IMPORTS if one.target.partition(".")[0] == "keisei"]
 EXTERNAL = [
     one
@@ -171,13 +191,50 @@ def test_observers_know_only_events():
     assert wrong == []
 
 
-def test_no_modules_import_each_other():
-    """What runs when modules are loaded has no cycle."""
-    graph: dict[str, set[str]] = {module: set() for module in MODULES}
-    for one in INTERNAL:
-        if one.at_load and one.target != one.importer:
-            graph[one.importer].add(one.target)
-    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(MODULES)
+@pytest.mark.parametrize(
+    "modules", [MODULES, BENCHMARKS, EXAMPLES], ids=["keisei", "benchmarks", "examples"]
+)
+def test_no_modules_import_each_other(modules):
+    """There is no circle of imports, and imports for annotations or in functions count too."""
+    assert len(modules) > 5
+    assert circles_in(modules) == []
+
+
+def test_circles_through_annotations_and_functions_are_found(tmp_path):
+    """Each way of importing closes a circle: at load, for types alone, and inside a function."""
+    package = tmp_path / "ring"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "one.py").write_text("from ring import two\n")
+    (package / "two.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ring.three import x\n"
+    )
+    (package / "three.py").write_text("def x():\n    import ring.one\n")
+    assert set(circles_in(modules_of(package))) == {"ring.one", "ring.two", "ring.three"}
+    (package / "three.py").write_text("def x():\n    import ring\n")
+    assert circles_in(modules_of(package)) == []
+
+
+@pytest.mark.parametrize("modules", [BENCHMARKS, EXAMPLES], ids=["benchmarks", "examples"])
+def test_programs_use_the_public_names(modules):
+    """Benchmarks and examples import what is public, from where it is public.
+
+    ``keisei.worker`` and ``keisei.events`` are public modules; the former is all that a worker's
+    module needs.
+    """
+    wrong = []
+    for module in modules:
+        for node in ast.walk(ast.parse(modules[module].read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module is None:
+                continue
+            if node.module.partition(".")[0] != "keisei":
+                continue
+            for alias in node.names:
+                elsewhere = node.module not in {"keisei", "keisei.worker", "keisei.events"}
+                is_private = "._" in f"{node.module}.{alias.name}"
+                if is_private or (elsewhere and alias.name in keisei.__all__):
+                    wrong.append(f"{module}: from {node.module} import {alias.name}")
+    assert wrong == []
 
 
 def test_ipc_and_supervision_know_nothing_of_learning():
@@ -219,7 +276,7 @@ def test_every_public_name_exists_and_is_documented(name):
     """Each public name can be imported from the package, knows its name, and has a docstring."""
     value = getattr(keisei, name)
     assert value.__name__ == name
-    assert value.__module__.startswith("keisei.")
+    assert value.__module__ == "keisei"
     own = vars(value)["__doc__"] if inspect.isclass(value) else value.__doc__
     assert len(inspect.cleandoc(own or "")) > 20
 

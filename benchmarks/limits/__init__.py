@@ -1,1 +1,1 @@
-"""What the machine can do at best: measured, never assumed."""
+"""Limits: the best that this machine can do, measured rather than assumed."""

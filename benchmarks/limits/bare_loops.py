@@ -1,4 +1,4 @@
-"""The limit of throughput: the same loops in as many processes, and nobody to send batches to."""
+"""The limit of throughput: the same loops in as many processes, without sending any batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.work import make_rollout
 
 
 def throughput(case: Throughput) -> Metrics:
-    """Add up what each loop makes while all of them run."""
+    """Add up the transitions of all loops while they run at the same time."""
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(case.workers)
     pipes = [context.Pipe(duplex=False) for _ in range(case.workers)]

@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RING = 4
-"""As many slots as keisei gives a worker by default, so that caches help neither of them more."""
+"""As many cells as keisei gives a worker by default, so that caches help both equally."""
 
 
 class Ring:
-    """Slots of anonymous shared memory that are filled one after the other."""
+    """Cells of anonymous shared memory that are filled one after the other."""
 
-    def __init__(self, arrays: Iterable[NDArray[Any]], slots: int = RING) -> None:
+    def __init__(self, arrays: Iterable[NDArray[Any]], cells: int = RING) -> None:
         """Map and touch every page, so that only copying remains."""
         self._sources = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
         self._size = sum(source.size for source in self._sources)
-        self._memory = np.frombuffer(mmap.mmap(-1, self._size * slots), np.uint8)
+        self._memory = np.frombuffer(mmap.mmap(-1, self._size * cells), np.uint8)
         self._memory[:] = 1
-        self._slots, self._next = slots, 0
+        self._cells, self._next = cells, 0
 
     def copy(self) -> None:
-        """Copy everything into the next slot."""
+        """Copy everything into the next cell."""
         offset = self._next * self._size
         for source in self._sources:
             np.copyto(self._memory[offset : offset + source.size], source)
             offset += source.size
-        self._next = (self._next + 1) % self._slots
+        self._next = (self._next + 1) % self._cells
 
 
 def bandwidth(case: Bandwidth) -> Metrics:
@@ -90,7 +90,7 @@ def _copy_batches(case: Throughput, worker_id: int, barrier: Barrier, pipe: Conn
 
 def weights(case: Weights) -> Metrics:
     """Copy a state dict into one of two buffers in turn."""
-    ring = Ring([tensor.numpy() for tensor in state_of_size(case.num_bytes).values()], slots=2)
+    ring = Ring([tensor.numpy() for tensor in state_of_size(case.num_bytes).values()], cells=2)
     times = []
     for _ in repeat(case.seconds, case.at_least):
         began = time.perf_counter()

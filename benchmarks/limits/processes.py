@@ -49,7 +49,7 @@ def _start(case: Start, method: str) -> Metrics:
 def _ready_processes(
     target: Callable[..., None], arguments: Sequence[tuple[Any, ...]], method: str = "spawn"
 ) -> Iterator[list[BaseProcess]]:
-    """Run ``processes`` with a pipe behind their arguments, until each has said something."""
+    """Run ``processes`` with a pipe as their last argument; wait for a message of each."""
     pipes = [multiprocessing.Pipe(duplex=False) for _ in arguments]
     extended = [(*args, pipe[1]) for args, pipe in zip(arguments, pipes, strict=True)]
     with processes(target, extended, method) as started:
@@ -80,7 +80,7 @@ def idle_cpu(case: Idle) -> Metrics:
 
 
 def recovery(case: Recovery) -> Metrics:
-    """Kill a forked process, see it through its pidfd, fork another, wait for its message."""
+    """Kill a forked process, wait for its pidfd, fork another, wait for its message."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     context = multiprocessing.get_context("forkserver")
     noticed, first = [], []

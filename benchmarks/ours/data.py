@@ -31,19 +31,19 @@ NAMES = {
 
 
 def throughput(case: Throughput) -> Metrics:
-    """Receive what workers with the shared loop make."""
+    """Receive the batches of workers that run the shared loop."""
     meter = Meter(case.seconds, case.warmup, fields=fields(case.work))
     worker = functools.partial(RolloutWorker, case)
     return asyncio.run(_stream(worker, meter, workers=case.workers, ahead=case.ahead))
 
 
 def throughput_gymnasium(case: Throughput) -> Metrics:
-    """Receive what ``GymnasiumWorker`` makes with the shared networks."""
+    """Receive the batches of ``GymnasiumWorker`` with the shared networks."""
     return _gymnasium(case, make_policy)
 
 
 def throughput_own_policy(case: Throughput) -> Metrics:
-    """Receive what ``GymnasiumWorker`` makes with keisei's own networks of the same size."""
+    """Receive the batches of ``GymnasiumWorker`` with keisei's own networks of the same size."""
     return _gymnasium(case, OwnActorCritic)
 
 
@@ -79,7 +79,7 @@ async def _stream(
     workers: int = 1,
     ahead: int = 4,
 ) -> Metrics:
-    """Feed the meter; ``names`` tells what keisei calls the shared fields."""
+    """Feed the meter; ``names`` maps the shared fields to keisei's names of them."""
     torch.set_num_threads(1)
     config = {"num_workers": workers, "max_queue_size": ahead}
     async with ParallelManager(worker, config=config) as manager:

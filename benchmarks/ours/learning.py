@@ -22,14 +22,14 @@ WORKERS = 2
 
 
 class _UntilSolved:
-    """The example's learner, which says when the goal is reached."""
+    """The example's learner; it calls ``stop`` when the goal is reached."""
 
     def __init__(self, learner: PPOLearner, stop: Callable[[], object]) -> None:
         self._learner, self._stop = learner, stop
         self.reached: float | None = None
 
     def learn(self, batches: Sequence[Any]) -> Any:
-        """Update; runs in a thread of the pool's."""
+        """Update; runs in the learner's thread."""
         metrics = self._learner.learn(batches)
         if self._learner.solved and self.reached is None:
             self.reached = time.perf_counter()

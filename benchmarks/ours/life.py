@@ -1,4 +1,4 @@
-"""Keisei: how its processes and its event loop live: start, commands, crashes, idling, growth."""
+"""Keisei: start, commands, crashes, idle processes, growth, and the lag of the event loop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from benchmarks.ours.workers import RolloutWorker, TinyWorker
 from benchmarks.plan import Metrics
 from benchmarks.timing import percentile, repeat, watch_loop
 from benchmarks.work import state_of_size
-from keisei import ParallelManager
-from keisei.backends.local import warm_fork_server
+from keisei import ParallelManager, warm_fork_server
 from keisei.events import WorkerIncident
 
 PATIENT = {"max_restarts": 100_000, "restart_window": 60.0, "backoff_base": 0.0, "backoff_cap": 0.0}
-"""Many crashes are wanted here; each restart is immediate."""
+"""A restart policy for many crashes: each restart is immediate."""
 
 
 def _pool(worker: Callable[[], Any], workers: int) -> ParallelManager:
@@ -66,7 +65,7 @@ async def _round_trip(case: RoundTrip) -> Metrics:
 
 
 class _Crashes:
-    """Kills workers in turn and notes when the application learns of it and has a batch again."""
+    """Kills workers in turn; records when the application is told and when a batch comes again."""
 
     def __init__(self, manager: ParallelManager) -> None:
         self._manager = manager
@@ -76,7 +75,7 @@ class _Crashes:
         self._batches: dict[tuple[int, int], asyncio.Future[float]] = {}
 
     async def run(self, case: Recovery) -> None:
-        """Kill ``case.kills`` times, one after the other."""
+        """Kill ``case.kills`` workers, one after the other."""
         watchers = [
             asyncio.create_task(self._watch_batches()),
             asyncio.create_task(self._watch_events()),
@@ -93,7 +92,7 @@ class _Crashes:
         worker = next(w for w in self._manager.workers if w.worker_id == worker_id)
         this, following = (worker_id, worker.incarnation), (worker_id, worker.incarnation + 1)
         async with asyncio.timeout(patience):
-            await _future(self._batches, this)  # it works: kill it in the middle
+            await _future(self._batches, this)  # it is collecting: kill it in the middle
             began = time.perf_counter()
             assert worker.pid is not None
             os.kill(worker.pid, signal.SIGKILL)

@@ -69,7 +69,7 @@ async def _drain(manager: ParallelManager) -> None:
 
 
 def staleness(case: Staleness) -> Metrics:
-    """Push on a clock and read how old the batches' weights are."""
+    """Push at fixed intervals and read how old the batches' weights are."""
     return asyncio.run(_staleness(case))
 
 

@@ -1,4 +1,4 @@
-"""Keisei workers that do the shared work, in a module of their own for the fork server's sake."""
+"""Keisei workers that do the shared work, in a module that the fork server can import."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TinyWorker(Worker):
     """
 
     def __init__(self, interval: float = 0.0, check: bool = False) -> None:
-        """Keep the pace."""
+        """Keep the interval."""
         self._interval, self._check = interval, check
         self._torn = self._loaded = 0
 

@@ -64,7 +64,7 @@ def _batches(env: AsyncVectorEnv, case: Throughput) -> Iterator[Arrays]:
 
 
 def recovery(case: Recovery) -> Metrics:
-    """Kill one environment's process; whatever the next steps raise is the answer."""
+    """Kill one environment's process and report the error that the next steps raise."""
     env = _make(Throughput(work="cartpole", workers=case.workers))
     try:
         env.reset(seed=0)

@@ -121,7 +121,7 @@ def _weights(case: Weights, *, compress: bool) -> Metrics:
 
 
 def _one_way_queues(context: Any, count: int) -> list[Any]:
-    """Return queues that do not keep this process from ending with what nobody read."""
+    """Return queues whose unread items do not keep this process from ending."""
     queues = [context.Queue() for _ in range(count)]
     for each in queues:
         each.cancel_join_thread()
@@ -136,7 +136,7 @@ def _load(incoming: Any, answers: Any) -> None:
 
 
 def staleness(case: Staleness) -> Metrics:
-    """Push on a clock; workers take the newest state between two batches."""
+    """Push at fixed intervals; workers take the newest state between two batches."""
     context = multiprocessing.get_context("spawn")
     batches = context.Queue(SLOTS * case.workers)
     queues = _one_way_queues(context, case.workers)
@@ -174,7 +174,7 @@ def _collect_versions(worker_id: int, incoming: Any, batches: Any) -> None:
 
 
 def recovery(case: Recovery) -> Metrics:
-    """Kill a worker; nothing in this design says so, and its batches just stop."""
+    """Kill a worker; this design reports nothing, and its batches just stop."""
     one = dataclasses.replace(Throughput(work="cartpole"), workers=1)
     batches = multiprocessing.get_context("spawn").Queue(SLOTS)
     with processes(_collect, [(one, 0, batches, False)]) as started:

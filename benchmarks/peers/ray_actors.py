@@ -37,11 +37,11 @@ IN_FLIGHT = 2
 LOOPBACK = "127.0.0.1"
 STORE = 2048 * MB
 RECOVERIES = 10
-"""A Ray actor takes more than a second to come back: fewer kills say enough."""
+"""A Ray actor takes more than a second to come back: fewer kills are enough."""
 
 
 class Actor:
-    """Does the work of every measurement, in a process of Ray's."""
+    """An actor that does the work of every measurement."""
 
     def __init__(self, case: Case, worker_id: int) -> None:
         """Build what the case needs."""
@@ -57,7 +57,7 @@ class Actor:
         return self._rollout.collect()
 
     def array(self) -> Arrays:
-        """Return the one array of the bandwidth measurement."""
+        """Return the array of the bandwidth measurement."""
         return {"obs": self._array}
 
     def load(self, weights: Arrays) -> int:

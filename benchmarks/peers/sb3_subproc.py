@@ -64,7 +64,7 @@ def _make(case: Throughput) -> SubprocVecEnv:
 
 
 def recovery(case: Recovery) -> Metrics:
-    """Kill one environment's process; whatever the next steps raise is the answer."""
+    """Kill one environment's process and report the error that the next steps raise."""
     env = _make(Throughput(work="cartpole", workers=case.workers))
     try:
         env.reset()
@@ -112,7 +112,7 @@ def _learn(case: Learning, vec_env_cls: type[DummyVecEnv] | type[SubprocVecEnv])
     parameters = parameters_of(case)
 
     def remaining(left: float) -> float:
-        """Turn what is left of ``max_steps`` into what is left of the schedule."""
+        """Convert the remaining share of ``max_steps`` into that of the schedule."""
         return max(LEAST_LEFT, 1 - (1 - left) * case.max_steps / parameters.decay_steps)
 
     began = time.perf_counter()

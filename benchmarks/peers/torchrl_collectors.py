@@ -139,7 +139,7 @@ def weights(case: Weights) -> Metrics:
 
 
 def recovery(case: Recovery) -> Metrics:
-    """Kill a worker; whatever the next batches raise is the answer."""
+    """Kill a worker and report the error that the next batches raise."""
     collector = _collector(MultiSyncCollector, Throughput(work="cartpole"), None, 256)
     batches = iter(collector)
     next(batches)

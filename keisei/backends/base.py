@@ -9,7 +9,11 @@ from keisei.supervision.process import ProcessHandle
 
 
 class Backend(Protocol):
-    """Starts workers somewhere."""
+    """Starts workers somewhere.
+
+    A backend may also have ``close()``, which does as ``aclose`` at once and without an event loop,
+    for a pool that is dropped or whose loop ends without ``stop``.
+    """
 
     async def open(self) -> None:
         """Prepare; called once before the first ``start``."""

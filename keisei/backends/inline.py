@@ -31,6 +31,9 @@ class InlineBackend:
     async def aclose(self) -> None:
         """Nothing to give back."""
 
+    def close(self) -> None:
+        """Nothing to give back."""
+
 
 class InlineProcess:
     """A worker's task, in the shape of a process."""

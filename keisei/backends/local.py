@@ -18,6 +18,7 @@ from keisei.exceptions import ManagerStateError
 from keisei.ipc import memory
 from keisei.ipc.kernel import has_pidfd
 from keisei.ipc.threads import aside, in_thread
+from keisei.naming import public
 from keisei.protocol.endpoints import WorkerEndpoints
 
 _STDERR_PATIENCE = 1.0
@@ -144,6 +145,12 @@ class LocalBackend:
                 await asyncio.wait(set(self._undoing), timeout=left)
             await asyncio.shield(aside(self._let_go))
 
+    def close(self) -> None:
+        """Let the fork server go at once, without an event loop."""
+        was_open, self._is_open = self._is_open, False
+        if was_open:
+            self._let_go()
+
     def _let_go(self) -> None:
         if self._preload is not None:
             server.release()
@@ -214,6 +221,7 @@ class _Start:
         self.process.close()
 
 
+@public
 @contextlib.contextmanager
 def warm_fork_server() -> Iterator[None]:
     """Keep the fork server running between managers, so that each starts in milliseconds.

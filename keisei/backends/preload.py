@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from keisei.child.installed import is_installed
+from keisei.naming import home_of
 
 OWN_MODULES = ("torch", "keisei.backends.process", "keisei.child.runtime")
 _NEVER = {"__main__", "__mp_main__", "builtins"}
@@ -115,8 +116,9 @@ def _with_parents(name: str) -> list[str]:
 
 def _module_of(value: object) -> str:
     """Return the module that ``value`` is or comes from; asks only what cannot run its code."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
-        return value.__module__ or ""
-    return type(value).__module__
+    kind = type(value)  # a proxy may answer for another class, by code of its own
+    if issubclass(kind, types.ModuleType):
+        return str(vars(value).get("__name__", ""))
+    if issubclass(kind, (type, types.FunctionType, types.BuiltinFunctionType)):
+        return home_of(value)
+    return home_of(kind)

@@ -125,8 +125,12 @@ class WorkerRuntime:
         await self._call(Phase.START, self._worker.setup, self._context())
         self._hear_announcements()
         await self._load_newest()
-        await self._tell(messages.Ready(self._version))
+        await self._tell(messages.Ready(self._version, self._takes_weights()))
         self._is_ready = True
+
+    def _takes_weights(self) -> bool:
+        own = type(self._worker).load_weights is not Worker.load_weights
+        return own or self._worker.model is not None
 
     @staticmethod
     def _build(factory: Callable[[], Any]) -> Worker:

@@ -15,10 +15,12 @@ from keisei.exceptions import QueueClosed, QueueError
 from keisei.ipc import serialize
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
+from keisei.naming import public
 
 T = TypeVar("T")
 
 
+@public
 class AsyncQueue(Generic[T]):
     """A queue of picklable values from one process to another, or inside one.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 
 from keisei.events import (
     Event,
@@ -22,16 +23,16 @@ from keisei.events import (
     WorkerSuspected,
 )
 
-__all__ = ["LogObserver", "describe"]
+__all__ = ["LogObserver", "describe", "format_number"]
 
 
 class LogObserver:
     """Writes one record for each event.
 
-    Failures of workers are warnings, given-up slots errors, the end of the whole pool critical;
-    the ordinary life of the pool is "info", and what happens once per update is "debug". The first
-    line of a record says it all; tracebacks, stacks and standard error follow below. The event
-    itself is the record's attribute ``event``, for structured handlers.
+    Failures of workers are warnings, given-up slots errors, and a failure of the whole pool is
+    critical. Starts, ends, pauses and changes of size are "info"; updates and weights are "debug".
+    The first line of a record is a summary; tracebacks, stacks and standard error follow below it.
+    The event itself is the record's attribute ``event``, for structured handlers.
 
     Args:
         logger: Where to write; ``None`` is the logger "keisei".
@@ -48,7 +49,34 @@ class LogObserver:
 
 
 def describe(event: Event) -> tuple[int, str]:
-    """Return the logging level and the text of ``event``."""
+    """Return the logging level and the text of ``event``.
+
+    Raises nothing, whatever the event's fields hold: an event that cannot be described is named
+    by its class. The text can be encoded, also where a field holds lone surrogates.
+    """
+    try:
+        level, text = _describe(event)
+    except Exception as error:  # noqa: BLE001 - a field of a wrong kind; the observer must live on
+        name = type(event).__qualname__
+        level, text = logging.WARNING, f"{name} cannot be described: {type(error).__qualname__}"
+    return level, text.encode("utf-8", "backslashreplace").decode()
+
+
+def format_number(value: object, spec: str, otherwise: str | None = None) -> str:
+    """Return ``value`` formatted, or ``otherwise`` if it has no such format.
+
+    Args:
+        value: A number, as it should be.
+        spec: A format specification, such as ".1f".
+        otherwise: In place of a value of another kind; ``None`` shows its ``repr``, shortened.
+    """
+    try:
+        return format(value, spec)
+    except Exception:  # noqa: BLE001 - code of the value's class
+        return reprlib.repr(value) if otherwise is None else otherwise
+
+
+def _describe(event: Event) -> tuple[int, str]:
     match event:
         case WorkerStarted():
             return logging.DEBUG, f"{_who(event)} started as process {event.pid}"
@@ -57,7 +85,7 @@ def describe(event: Event) -> tuple[int, str]:
         case WorkerExited():
             return logging.INFO, f"{_who(event)} ended: {event.cause}"
         case WorkerSuspected():
-            text = f"{_who(event)} made no progress in {event.phase} for {event.seconds:.1f} s"
+            text = f"{_who(event)} {_describe_suspicion(event)}"
             return logging.WARNING, _with_blocks(text, ("stacks", event.stacks))
         case WorkerIncident():
             blocks = ("traceback", event.incident.traceback), ("stderr", event.incident.stderr)
@@ -86,14 +114,28 @@ def _describe_pool(event: Event) -> tuple[int, str]:
         case WeightsPushed():
             return logging.DEBUG, f"weights version {event.version}: {event.num_bytes} bytes"
         case UpdateCompleted():
-            metrics = "".join(f", {name} {value:.4g}" for name, value in event.metrics.items())
+            metrics = "".join(
+                f", {name} {format_number(value, '.4g')}" for name, value in event.metrics.items()
+            )
             return logging.DEBUG, (
                 f"update {event.update}: {event.num_steps} steps, "
-                f"{event.steps_per_second:.0f} steps/s, weights version {event.weights_version}, "
-                f"staleness {event.staleness:.2f}{metrics}"
+                f"{format_number(event.steps_per_second, '.0f')} steps/s, "
+                f"weights version {event.weights_version}, "
+                f"staleness {format_number(event.staleness, '.2f')}{metrics}"
             )
         case _:
             return logging.DEBUG, repr(event)
+
+
+def _describe_suspicion(event: WorkerSuspected) -> str:
+    seconds = format_number(event.seconds, ".1f")
+    if event.state == "T":
+        return (
+            f"is stopped by a signal (state T), in {event.phase} for {seconds} s; "
+            "SIGCONT lets it go on"
+        )
+    state = f" (state {event.state})" if event.state else ""
+    return f"made no progress in {event.phase} for {seconds} s{state}"
 
 
 def _who(event: WorkerStarted | WorkerReady | WorkerExited | WorkerSuspected) -> str:

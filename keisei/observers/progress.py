@@ -10,6 +10,7 @@ from typing import Self
 try:
     from rich.console import Console, Group, RenderableType
     from rich.live import Live
+    from rich.padding import Padding
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 except ImportError as error:
@@ -34,20 +35,28 @@ from keisei.events import (
     WorkerReady,
     WorkerSuspected,
 )
-from keisei.observers.log import describe
+from keisei.observers.log import describe, format_number
 
 __all__ = ["RichProgress"]
+
+_STYLES: dict[type[Event], str] = {
+    WorkerSuspected: "yellow",
+    WorkerIncident: "yellow",
+    WorkerGivenUp: "red",
+    PoolEscalated: "red",
+}
+"""Events that are written above the display, and how."""
 
 
 class RichProgress:
     """Shows steps, steps per second, return, weights version, workers and restarts.
 
     On a terminal the lines are kept up to date in place, and incidents scroll past above them.
-    Elsewhere, such as in a file, a plain line is written from time to time. Nothing runs between
-    two events: there is no thread, and an idle pool costs nothing.
+    Elsewhere, such as in a file, a plain line is written from time to time. It draws during events
+    only: there is no thread, and an idle pool costs nothing.
 
-    The display begins with the first event and ends with ``PoolStopped``. As a context manager it
-    gives the terminal back in any case.
+    The display begins with the first event and ends with ``PoolStopped``. Used as a context
+    manager, it also restores the terminal when the body raises.
 
     Args:
         total_steps: Steps that make a full bar; ``None`` shows no bar.
@@ -88,16 +97,18 @@ class RichProgress:
         self.close()
 
     def close(self) -> None:
-        """Leave the last state on the screen and give the terminal back; again is no error."""
+        """Leave the last figures on the screen and restore the terminal; may be called again."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
 
     def on_event(self, event: Event) -> None:
-        """Take note of ``event`` and draw, if it is time to."""
+        """Update the figures, and draw them if the last drawing is long enough ago."""
         try:
             self._start()
-            urgent = self._note(event)
+            urgent = self._noted(event)
+            if (style := _STYLES.get(type(event))) is not None:
+                self._print(event, style)
             if isinstance(event, PoolStopped):
                 self._draw()
                 self.close()
@@ -109,13 +120,14 @@ class RichProgress:
             raise
 
     def _begin(self) -> None:
-        """Forget everything: the next event is the first of a new run."""
+        """Reset all figures: the next event is the first of a new run."""
         self._started: float | None = None
         self._drawn = 0.0
         self._ready: set[int] = set()
         self._num_workers = 0
         self._restarts = 0
         self._version = 0
+        self._num_steps = 0
         self._update: UpdateCompleted | None = None
         self._paused = False
 
@@ -129,16 +141,24 @@ class RichProgress:
             )
             self._live.start(refresh=True)
 
+    def _noted(self, event: Event) -> bool:
+        """Update the figures; an event with a field of a wrong kind leaves them as they are."""
+        try:
+            return self._note(event)
+        except Exception:  # noqa: BLE001 - code of a field's class; the display must live on
+            return False
+
     def _note(self, event: Event) -> bool:
-        """Change the state; return whether it must be shown at once."""
+        """Update the figures from ``event``; return whether they must be drawn at once."""
         match event:
             case UpdateCompleted():
+                self._num_steps = int(event.num_steps)
                 self._update = event
-                self._version = event.weights_version
-                self._restarts = event.num_restarts
+                self._version = int(event.weights_version)
+                self._restarts = int(event.num_restarts)
                 return False
             case WeightsPushed():
-                self._version = event.version
+                self._version = int(event.version)
                 return False
             case WorkerReady():
                 self._ready.add(event.worker_id)
@@ -149,13 +169,10 @@ class RichProgress:
             case WorkerIncident():
                 self._ready.discard(event.incident.worker_id)
                 self._restarts += event.incident.remedy is Remedy.RESTARTED
-                self._print(event, "yellow")
-            case WorkerSuspected():
-                self._print(event, "yellow")
-            case WorkerGivenUp() | PoolEscalated():
-                self._print(event, "red")
+            case WorkerSuspected() | WorkerGivenUp() | PoolEscalated():
+                pass
             case PoolStarted() | PoolScaled():
-                self._num_workers = event.num_workers
+                self._num_workers = int(event.num_workers)
             case PoolPaused():
                 self._paused = True
             case PoolResumed():
@@ -167,7 +184,13 @@ class RichProgress:
     def _print(self, event: Event, style: str) -> None:
         """Write the first line of an event above the display."""
         _, text = describe(event)
-        self._console.print(Text(text.partition("\n")[0], style=style), soft_wrap=True)
+        line = self._encodable(text.partition("\n")[0])
+        self._console.print(Text(line, style=style), soft_wrap=True)
+
+    def _encodable(self, text: str) -> str:
+        """Replace the characters that the console's encoding does not have."""
+        encoding = self._console.encoding
+        return text.encode(encoding, "replace").decode(encoding)
 
     def _draw(self) -> None:
         self._drawn = self._clock()
@@ -180,22 +203,28 @@ class RichProgress:
         line = Text(self._line(), style="bold")
         if self._total_steps is None:
             return line
-        steps = self._update.num_steps if self._update else 0
-        return Group(ProgressBar(total=self._total_steps, completed=steps), line)
+        bar = ProgressBar(total=self._total_steps, completed=self._num_steps)
+        return Group(Padding(bar, 0), line)  # a bar alone does not end its line
 
     def _line(self) -> str:
         update = self._update
-        steps = f"{update.num_steps:,}" if update else "0"
-        rate = f"{update.steps_per_second:,.0f}" if update else "–"
-        value = update.metrics.get(self._return_key) if update else None
+        rate = format_number(update.steps_per_second, ",.0f", "–") if update else "–"
+        value = self._return_of(update) if update else "–"
         seconds = int(self._clock() - (self._started or 0.0))
         parts = [
-            f"{steps} steps",
+            f"{self._num_steps:,} steps",
             f"{rate} steps/s",
-            "return –" if value is None else f"return {value:.1f}",
+            f"return {value}",
             f"weights {self._version}",
             f"workers {len(self._ready)}/{max(self._num_workers, len(self._ready))}",
             f"restarts {self._restarts}",
             f"{seconds // 60}:{seconds % 60:02}",
         ]
-        return " · ".join([*parts, "paused"] if self._paused else parts)
+        return self._encodable(" · ".join([*parts, "paused"] if self._paused else parts))
+
+    def _return_of(self, update: UpdateCompleted) -> str:
+        """Return the learner's return as text; a dash where it is missing or no number."""
+        try:
+            return format_number(update.metrics[self._return_key], ".1f", "–")
+        except Exception:  # noqa: BLE001 - there is no such metric, or code of the mapping failed
+            return "–"

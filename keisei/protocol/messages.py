@@ -71,9 +71,13 @@ class Announcement(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """``setup`` is done and the newest weights are applied."""
+    """``setup`` is done and the newest weights are applied.
+
+    ``takes_weights`` tells whether the worker has a model or its own ``load_weights``.
+    """
 
     version: int
+    takes_weights: bool
 
 
 class Reply(NamedTuple):

@@ -6,37 +6,9 @@ import signal
 from dataclasses import dataclass
 
 from keisei.events import ExitCause, signal_name
+from keisei.protocol.last_words import LastWords
 
 _ENDING_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}
-
-
-@dataclass(frozen=True, slots=True)
-class LastWords:
-    """What an ended incarnation left behind, after its queues were read to their end.
-
-    Attributes:
-        said_goodbye: It announced an orderly end.
-        recycle: Why it wants a successor, from its goodbye; "" if it does not.
-        failure: The hook's error in one line, if it reported one.
-        traceback: The remote traceback, if it reported one.
-        phase: What it was doing, in lower case.
-        version: The weights version that it had applied or was applying.
-        experiences_lost: Experiences that it had begun and not finished.
-        commands_lost: Commands that were sent and never answered.
-        last_command: The name of the last command that it took up.
-        rss: Its peak resident memory in bytes, as of its last experience; 0 is unknown.
-    """
-
-    said_goodbye: bool = False
-    recycle: str = ""
-    failure: str = ""
-    traceback: str | None = None
-    phase: str = ""
-    version: int = 0
-    experiences_lost: int = 0
-    commands_lost: int = 0
-    last_command: str | None = None
-    rss: int = 0
 
 
 @dataclass(frozen=True, slots=True)

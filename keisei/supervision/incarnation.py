@@ -1,104 +1,146 @@
-"""One process in a slot: its launch, its watch and its end."""
+"""Incarnation: one process in a slot, with its line, its watchdog and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from keisei.config import ParallelConfig
-from keisei.events import ExitCause
-from keisei.ipc.status import Phase, StatusLine
+from keisei.events import ExitCause, Incident
+from keisei.exceptions import WorkerLost
+from keisei.ipc.status import Phase
+from keisei.protocol import messages
+from keisei.protocol.batches import PendingBatch
+from keisei.protocol.last_words import LastWords
+from keisei.protocol.line import Line
 from keisei.supervision import shutdown
 from keisei.supervision.process import ProcessHandle
-from keisei.supervision.watchdog import Observation, Watchdog
-
-_DUMP_TIME = 0.05
-"""Seconds until a dump of stacks is read: a signal handler writes it within microseconds, and a
-process that does not run at all writes none anyway."""
-
+from keisei.supervision.stalls import Stall, StallWatch
 
 _DYING_TIME = 0.5
-"""Seconds between the end of a queue and the end of the process that are not suspicious."""
+"""Seconds that may pass between the end of a queue and the end of the process."""
 
 
-class Launcher(Protocol):
-    """What an incarnation asks of the pool that it belongs to."""
+class PoolPort(Protocol):
+    """What supervision asks of the pool whose workers it supervises."""
 
-    async def launch(self, worker_id: int, incarnation: int) -> ProcessHandle:
-        """Make fresh queues and start a process on them."""
+    @property
+    def is_paused(self) -> bool:
+        """Whether ready workers are to collect nothing, whatever credits they have."""
+        ...
+
+    def make_line(self, worker_id: int, incarnation: int) -> Line:
+        """Make the queues of a new process."""
+        ...
+
+    async def launch(self, line: Line) -> ProcessHandle:
+        """Start a process at the other end of ``line``."""
         ...
 
     def abort_launch(self) -> None:
         """Make a ``launch`` that takes too long fail."""
         ...
 
-    def status(self, worker_id: int) -> StatusLine:
-        """Return the line on which the slot's process says what it is doing."""
+    def on_batch(self, batch: PendingBatch) -> None:
+        """Called for each experience that arrives."""
         ...
 
-    def owes(self, worker_id: int) -> bool:
-        """Return whether the slot's process has been given something to do."""
+    def on_ready(self, line: Line) -> None:
+        """Called when a worker is ready: it may be given work from now on."""
         ...
 
-    def ask_to_stop(self, worker_id: int) -> bool:
-        """Send the stop frame; return whether it could be sent."""
+    def withdraw_weights(self, version: int, incident: Incident) -> None:
+        """Put the weights before ``version`` back."""
+        ...
+
+    def on_slot_closed(self, worker_id: int) -> None:
+        """Called when a slot will have no process any more."""
+        ...
+
+    def on_failed(self) -> None:
+        """Called when the pool has failed for good."""
+        ...
+
+    def on_cancelled(self) -> None:
+        """Called when every task of the loop was cancelled, as at its end; no worker is left."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Stall:
-    """Half of a deadline passed without progress."""
+class IncarnationOwner(Protocol):
+    """The object that an incarnation tells what only the whole pool can decide about."""
 
-    phase: str
-    seconds: float
-    stacks: str
+    def on_ready(self, incarnation: Incarnation) -> None:
+        """Called when the worker has finished its start."""
+        ...
+
+    def fail(self, failure: Exception) -> None:
+        """Called when the application's side failed to take in what the worker sent."""
+        ...
 
 
 class Incarnation:
-    """One process in a slot, from its launch until it is gone.
+    """One process in a slot, from its launch until it is gone; the owner of its line.
 
     Attributes:
         worker_id: The slot.
-        incarnation: Its number.
+        number: 0 for the first process in the slot, one more for each that follows.
+        line: Its queues, ``None`` until they are made.
         handle: Its process, ``None`` until that is started.
-        is_ready: It has finished its start.
         ended_for: Why the supervisor ends it, if it does.
+        is_gone: It has ended, or could not be started, and everything about it was concluded.
     """
 
     def __init__(
         self,
         worker_id: int,
-        incarnation: int,
-        launcher: Launcher,
+        number: int,
+        port: PoolPort,
         config: ParallelConfig,
         hurry: asyncio.Event,
+        *,
+        owner: IncarnationOwner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Describe it; ``hurry`` shortens the grace that it has to end by itself."""
+        """Describe it.
+
+        Args:
+            worker_id: The slot.
+            number: Which process of the slot.
+            port: The pool.
+            config: The timeouts.
+            hurry: Shortens the grace that it has to end by itself.
+            owner: Told that the worker is ready, and of errors on the application's side.
+            clock: Seconds, the same as the worker's.
+        """
         self.worker_id = worker_id
-        self.incarnation = incarnation
+        self.number = number
+        self.line: Line | None = None
         self.handle: ProcessHandle | None = None
-        self.is_ready = False
         self.ended_for: tuple[ExitCause, str] | None = None
-        self._launcher = launcher
+        self.is_gone = False
+        self.on_batch = port.on_batch
+        self.on_error = owner.fail
+        self._port = port
         self._config = config
         self._hurry = hurry
+        self._owner = owner
         self._clock = clock
         self._stop_requested = asyncio.Event()
         self._condemned = asyncio.Event()
-        self._watchdog: Watchdog | None = None
+        self._watch: StallWatch | None = None
         self._timers: list[asyncio.TimerHandle] = []
-        self._stacks = ""
-        self._dumped = ""
-        self._before_stall = ""
 
     @property
     def pid(self) -> int | None:
         """Its process id, ``None`` where it has no process of its own."""
         return self.handle.pid if self.handle is not None else None
+
+    @property
+    def said_ready(self) -> bool:
+        """Whether the worker has announced that its start is finished."""
+        return self.line is not None and self.line.is_ready
 
     # what the supervisor asks
 
@@ -116,22 +158,47 @@ class Incarnation:
             self.ended_for = (cause, detail)
         self._condemned.set()
 
-    def doubt(self, detail: str) -> None:
-        """Kill it because it has closed a queue, unless it turns out to be dying."""
-        self._later(_DYING_TIME, self.condemn, ExitCause.PROTOCOL, detail)
+    def suspect_dying(self, detail: str) -> None:
+        """Kill it because it has closed a queue, unless it ends by itself in a moment."""
+        self.later(_DYING_TIME, self.condemn, ExitCause.PROTOCOL, detail)
 
-    def _later(self, delay: float, callback: Callable[..., object], *args: object) -> None:
+    def later(self, delay: float, callback: Callable[..., object], *args: object) -> None:
+        """Call ``callback`` after ``delay`` seconds, unless ``stop_watching`` comes before."""
         self._timers.append(asyncio.get_running_loop().call_later(delay, callback, *args))
 
-    def expect_progress(self) -> None:
-        """Hear that it was given something to do."""
-        if self._watchdog is not None:
-            self._watchdog.poke()
+    # what its line tells (it is the LineOwner)
+
+    def on_ready(self) -> None:
+        """Called when the worker has finished its start."""
+        self._owner.on_ready(self)
+
+    def on_farewell(self) -> None:
+        """Called when the worker has announced its end, for which it has a limited time."""
+        self.later(self._config.shutdown_timeout, self._overstayed)
+
+    def _overstayed(self) -> None:
+        words = self.line.last_words() if self.line is not None else LastWords()
+        if self.ended_for is None and words.said_goodbye:
+            cause = ExitCause.RECYCLED if words.recycle else ExitCause.GOODBYE
+            self.ended_for = (cause, words.recycle)
+        self._stop_requested.set()
+
+    def on_trouble(self, what: str, *, may_be_dying: bool) -> None:
+        """Called when the worker broke the protocol, or closed a queue."""
+        if may_be_dying:
+            self.suspect_dying(what)
+        else:
+            self.condemn(ExitCause.PROTOCOL, what)
+
+    def on_work(self) -> None:
+        """Called when the worker was given something to do."""
+        if self._watch is not None:
+            self._watch.poke()
 
     # its life
 
     async def start(self) -> ProcessHandle | None:
-        """Start the process and return it; ``None`` if ``end`` was called before.
+        """Make the line and start the process; ``None`` if ``end`` was called before.
 
         Raises:
             Exception: It could not be started, or not in time. What a launch that goes on
@@ -139,7 +206,9 @@ class Incarnation:
         """
         if self._stop_requested.is_set():
             return None
-        launching = asyncio.ensure_future(self._launcher.launch(self.worker_id, self.incarnation))
+        self.line = self._port.make_line(self.worker_id, self.number)
+        self.line.listen(self)
+        launching = asyncio.ensure_future(self._port.launch(self.line))
         try:
             is_in_time = await self._launched_in_time(launching)
             if launching.done() and (is_in_time or launching.exception() is None):
@@ -167,14 +236,15 @@ class Incarnation:
             await shutdown.within(asyncio.shield(launching), grace, self._hurry)
         if launching.done():
             return True
-        self._launcher.abort_launch()
+        self._port.abort_launch()
         await shutdown.within(asyncio.shield(launching), shutdown.KILL_GRACE)
         return False
 
     async def wait_gone(self, handle: ProcessHandle) -> int | None:
         """Wait until the process is gone, or see to it; return its exit code, if it is known.
 
-        One that cannot be killed is abandoned. When cancelled, it is killed and not waited for.
+        A process that cannot be killed is abandoned. When cancelled, it is killed and not waited
+        for.
         """
         exit_ = asyncio.ensure_future(handle.wait())
         condemned = asyncio.ensure_future(self._condemned.wait())
@@ -193,8 +263,8 @@ class Incarnation:
             for reason in reasons:
                 reason.cancel()
             handle.kill()  # also what is left of its process group
-            if self._watchdog is not None:
-                self._watchdog.close()
+            if self._watch is not None:
+                self._watch.close()
 
     async def _bring_to_an_end(self, handle: ProcessHandle) -> bool:
         if self._condemned.is_set():
@@ -205,85 +275,71 @@ class Incarnation:
         )
 
     def _ask(self) -> bool:
-        """Ask it to stop, unless it is still starting and would not hear of it."""
-        is_starting = self._launcher.status(self.worker_id).phase is Phase.START
-        return not is_starting and self._launcher.ask_to_stop(self.worker_id)
+        """Ask it to stop, unless it would not hear of it: it is still starting, or leaving."""
+        line = self.line
+        if line is None or line.phase is Phase.START or line.has_said_farewell:
+            return False
+        return line.try_to_send(messages.Stop())
+
+    async def read_to_the_end(self) -> LastWords:
+        """Deliver what the ended process has sent, and return what it left behind."""
+        if self.line is None or self.handle is None:
+            return LastWords()
+        await self.line.read_to_the_end()
+        return self.line.last_words()
 
     # hang detection
 
     def watch(self, handle: ProcessHandle, on_stall: Callable[[Stall], None]) -> None:
         """Watch over the process from now on; a hung one is condemned."""
-        status = self._launcher.status(self.worker_id)
-        started = self._clock()
-
-        def observe() -> Observation:
-            if not self.is_ready:
-                since = status.since if status.phase is Phase.START else 0.0
-                return Observation(True, max(started, since), self._config.start_timeout)
-            phase = status.phase
-            is_idle = phase in (Phase.IDLE, Phase.TEARDOWN)
-            owes = self._launcher.owes(self.worker_id) or not is_idle
-            return Observation(owes, status.since, self._deadline(phase), is_idle)
-
-        def suspect(stale: float) -> None:
-            phase = status.phase.name.lower()
-            self._stacks, self._before_stall = "", handle.crash_report()
-            self._dump(handle, lambda: on_stall(Stall(phase, stale, self._stacks)))
-
-        def hung(stale: float) -> None:
-            state = handle.state()
-            detail = f"no progress in {status.phase.name.lower()} for {stale:.1f} s"
-            detail = f"{detail}, process state {state!r}" if state else detail
-            self._dump(handle, lambda: self.condemn(ExitCause.HANG, detail))
-
-        self._watchdog = Watchdog(observe, on_suspect=suspect, on_hung=hung, clock=self._clock)
-        self._watchdog.poke()
-
-    def _deadline(self, phase: Phase) -> float:
-        """Return the seconds without progress that make a ready worker hung."""
-        if phase in (Phase.COMMAND, Phase.LOAD_WEIGHTS):
-            return max(self._config.collect_timeout, self._config.command_timeout)
-        return self._config.collect_timeout
-
-    def _dump(self, handle: ProcessHandle, then: Callable[[], None]) -> None:
-        """Have all its stacks written, keep them, and go on unless it has ended meanwhile."""
-        before = handle.crash_report()
-        handle.dump_stacks()
-
-        def take() -> None:
-            if not handle.has_exited:
-                self._dumped = handle.crash_report()
-                # One that is stopped or in the kernel writes none: the earlier ones are the last.
-                self._stacks = self._dumped.removeprefix(before) or self._stacks
-                then()
-
-        self._later(_DUMP_TIME, take)
+        if self.line is not None:
+            self._watch = StallWatch(
+                self.line,
+                handle,
+                self._config,
+                is_paused=lambda: self._port.is_paused,
+                on_stall=on_stall,
+                on_hung=lambda detail: self.condemn(ExitCause.HANG, detail),
+                clock=self._clock,
+            )
 
     def crash_report(self) -> str:
-        """Return what the process wrote about its own end, such as a native stack, or "".
-
-        Of the dumps that were asked of it only the last of the stall that it was killed for
-        counts: a stall that it overcame is not why it ended.
-        """
-        if self.handle is None:
-            return ""
-        if self.ended_for is not None and self.ended_for[0] is ExitCause.HANG:
-            # A starved one may have written late: later than it was looked for.
-            return self._stacks or self.handle.crash_report().removeprefix(self._before_stall)
-        return self.handle.crash_report().removeprefix(self._dumped)
+        """Return what the process wrote about its own end, such as a native stack, or ""."""
+        if self._watch is None:
+            return self.handle.crash_report() if self.handle is not None else ""
+        is_hung = self.ended_for is not None and self.ended_for[0] is ExitCause.HANG
+        return self._watch.crash_report(is_hung=is_hung)
 
     def stderr_tail(self) -> str:
         """Return the last lines that the process wrote to standard error, or ""."""
         return self.handle.stderr_tail() if self.handle is not None else ""
 
-    def close(self) -> None:
-        """Give back what the process's handle holds, and forget its status line."""
-        self._watchdog = None
+    # its end
+
+    def conclude(self, lost: WorkerLost) -> None:
+        """Fail everybody who waits for it and give back all that it held. Again has no effect."""
+        if not self.is_gone:
+            self.stop_watching()
+            self.give_back(lost)
+
+    def give_back(self, lost: WorkerLost) -> None:
+        """Do as ``conclude``, and let what is to be called later be called."""
+        self.is_gone = True
+        line, self.line = self.line, None
+        if line is not None:
+            line.lose(lost)
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            handle.close()
+        self._watch = None
+
+    def stop_watching(self) -> None:
+        """Call nothing that was to be called later, and look for no hang any more."""
+        if self._watch is not None:
+            self._watch.close()
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
-        if self.handle is not None:
-            self.handle.close()
 
 
 def _kill_what_was_launched(launching: asyncio.Future[ProcessHandle]) -> None:
@@ -293,4 +349,4 @@ def _kill_what_was_launched(launching: asyncio.Future[ProcessHandle]) -> None:
         handle.close()
 
 
-__all__ = ["Incarnation", "Launcher", "Stall"]
+__all__ = ["Incarnation", "PoolPort"]

@@ -11,41 +11,20 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 from keisei import events
 from keisei.config import ParallelConfig
 from keisei.events import ExitCause, Incident, Remedy
-from keisei.exceptions import PoolExhausted, WorkerStartError
+from keisei.exceptions import PoolExhausted, WorkerLost, WorkerStartError
+from keisei.protocol.last_words import LastWords
+from keisei.protocol.line import Line
 from keisei.supervision import machine
-from keisei.supervision.exits import LastWords, Verdict, classify
-from keisei.supervision.incarnation import Incarnation, Launcher, Stall
-from keisei.supervision.machine import SlotStatus
+from keisei.supervision.exits import Verdict, classify
+from keisei.supervision.incarnation import Incarnation, PoolPort
+from keisei.supervision.line_view import LineView
 from keisei.supervision.process import ProcessHandle
-
-
-class Crew(Launcher, Protocol):
-    """What the supervisor asks of the pool whose workers it supervises."""
-
-    def read_last_words(self, worker_id: int) -> LastWords:
-        """Read the queues of the slot's ended process to their end."""
-        ...
-
-    def withdraw_weights(self, version: int, incident: Incident) -> None:
-        """Put the weights before ``version`` back."""
-        ...
-
-    def on_lost(self, worker_id: int, incident: Incident | None) -> None:
-        """Hear that the slot's process has ended; what was expected of it will not come."""
-        ...
-
-    def on_escalated(self) -> None:
-        """Hear that the pool has failed for good."""
-        ...
-
-    def on_slot_closed(self, worker_id: int) -> None:
-        """Hear that the slot will have no process any more."""
-        ...
+from keisei.supervision.slots import Slot, SlotStatus, SlotTable
+from keisei.supervision.stalls import Stall
 
 
 class Supervisor:
@@ -55,29 +34,33 @@ class Supervisor:
         incidents: Every failure so far, oldest first.
         num_restarts: Processes started in the place of one that failed or was recycled.
         failure: Why the pool has failed for good, if it has.
+        lines: The lines of all processes that are starting, ready or ending, by worker id; a view
+            that is always as it is now.
+        ready: The lines of workers that are ready; a view too.
     """
 
     def __init__(
         self,
-        crew: Crew,
+        port: PoolPort,
         config: ParallelConfig,
         publish: Callable[[events.Event], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._crew = crew
+        self._port = port
         self._config = config
         self._publish = publish
         self._clock = clock
         self._random = random.Random()  # noqa: S311 - jitter is no secret
-        self._running: dict[int, Incarnation] = {}
+        self._incarnations: dict[int, Incarnation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timers: dict[int, asyncio.TimerHandle] = {}
         self._hurry = asyncio.Event()
         self._changed = asyncio.Event()
         self.incidents: list[Incident] = []
         self.num_restarts = 0
         self.failure: Exception | None = None
-        self._pool = machine.Pool(
+        self.lines: Mapping[int, Line] = LineView(self._incarnations, lambda _: True)
+        self.ready: Mapping[int, Line] = LineView(self._incarnations, self.is_ready)
+        self._table = SlotTable(
             policy=config.restart,
             min_workers=config.min_workers,
             degrade=config.on_exhausted == "degrade",
@@ -87,21 +70,22 @@ class Supervisor:
     # what the pool asks
 
     @property
-    def slots(self) -> Mapping[int, machine.Slot]:
+    def slots(self) -> Mapping[int, Slot]:
         """Every slot's state, by worker id."""
-        return self._pool.slots
+        return self._table.slots
 
     def running(self, worker_id: int) -> Incarnation | None:
         """Return the incarnation that the slot has now, or ``None``."""
-        return self._running.get(worker_id)
+        incarnation = self._incarnations.get(worker_id)
+        return None if incarnation is None or incarnation.is_gone else incarnation
 
     def is_closed(self, worker_id: int) -> bool:
         """Return whether the slot will have no process any more."""
-        return self._pool.slots[worker_id].status.is_terminal
+        return self._table.slots[worker_id].status.is_terminal
 
     def is_ready(self, worker_id: int) -> bool:
         """Return whether the slot's process has finished its start and was not asked to end."""
-        slot = self._pool.slots.get(worker_id)
+        slot = self._table.slots.get(worker_id)
         return slot is not None and slot.status is SlotStatus.RUNNING
 
     def add(self, worker_id: int) -> None:
@@ -111,38 +95,6 @@ class Supervisor:
     def remove(self, worker_id: int) -> None:
         """End a slot's process in an orderly way and leave the slot empty."""
         self._advance(machine.Removed(worker_id))
-
-    def readied(self, worker_id: int, incarnation: int) -> None:
-        """Hear that a process has finished its start."""
-        self._advance(machine.Readied(worker_id, incarnation))
-        running = self._running.get(worker_id)
-        if running is None or running.is_ready or running.incarnation != incarnation:
-            return
-        if self.is_ready(worker_id):
-            running.is_ready = True
-            if running.handle is not None:
-                self._tell_ready(running)
-
-    def _tell_ready(self, running: Incarnation) -> None:
-        self._publish(events.WorkerReady(running.worker_id, running.incarnation, running.pid))
-
-    def expect_progress(self, worker_id: int) -> None:
-        """Hear that the slot's process was given something to do."""
-        running = self._running.get(worker_id)
-        if running is not None:
-            running.expect_progress()
-
-    def condemn(self, worker_id: int, cause: ExitCause, detail: str) -> None:
-        """Kill a slot's process because it cannot be trusted any more; the policy follows."""
-        running = self._running.get(worker_id)
-        if running is not None:
-            running.condemn(cause, detail)
-
-    def doubt(self, worker_id: int, detail: str) -> None:
-        """Kill a slot's process that has closed a queue, unless it turns out to be dying."""
-        running = self._running.get(worker_id)
-        if running is not None:
-            running.doubt(detail)
 
     async def wait_settled(self) -> None:
         """Wait until every slot is running, given up or stopped.
@@ -155,13 +107,13 @@ class Supervisor:
             self._changed.clear()
             if self.failure is not None:
                 raise self.failure
-            if all(self._is_settled(worker_id) for worker_id in self._pool.slots):
+            if all(self._is_settled(worker_id) for worker_id in self._table.slots):
                 return
             await self._changed.wait()
 
     def _is_settled(self, worker_id: int) -> bool:
         if self.is_ready(worker_id):
-            return self._running[worker_id].handle is not None  # it may be ready before that
+            return self._incarnations[worker_id].handle is not None  # it may be ready before that
         return self.is_closed(worker_id)
 
     async def stop(self) -> None:
@@ -177,11 +129,26 @@ class Supervisor:
         """Leave processes that are being ended two more seconds at most."""
         self._hurry.set()
 
+    def kill_all(self) -> None:
+        """Kill every process at once and give back what they held, whatever became of the loop."""
+        self._table = replace(self._table, is_stopping=True)
+        for one in self._incarnations.values():
+            if one.handle is not None and not one.is_gone:
+                one.handle.kill()
+            one.conclude(_lost(one, "its pool was dropped"))
+
+    def fail(self, failure: Exception) -> None:
+        """Stop the pool for good, because of an error that is no worker's fault."""
+        if self.failure is None:
+            self.failure = failure
+            self._advance(machine.Stopping())
+            self._port.on_failed()
+
     # the machine
 
-    def _advance(self, happening: machine.Happening) -> list[machine.Action]:
+    def _advance(self, event: machine.Event) -> list[machine.Action]:
         """Feed the machine and carry out what it decides."""
-        self._pool, actions = machine.step(self._pool, happening, self._clock())
+        self._table, actions = machine.step(self._table, event, self._clock())
         for action in actions:
             match action:
                 case machine.Spawn(worker_id, incarnation, is_restart):
@@ -189,137 +156,175 @@ class Supervisor:
                     self._spawn(worker_id, incarnation)
                 case machine.Schedule(worker_id, incarnation, delay):
                     due = machine.Due(worker_id, incarnation)
-                    loop = asyncio.get_running_loop()
-                    self._timers[worker_id] = loop.call_later(delay, self._advance, due)
+                    self._incarnations[worker_id].later(delay, self._advance, due)
                 case machine.End(worker_id):
-                    self._running[worker_id].end()
+                    self._incarnations[worker_id].end()
                 case machine.Withdraw() | machine.GiveUp() | machine.Escalate():
                     pass  # these need the incident; ``_conclude`` carries them out
-        if isinstance(happening, machine.Stopping):
-            for timer in self._timers.values():
-                timer.cancel()
-            self._timers.clear()
+        if isinstance(event, machine.Stopping):
+            for one in self._incarnations.values():
+                if one.is_gone:
+                    one.stop_watching()  # the end of a back-off
         self._changed.set()
         return actions
 
-    def _spawn(self, worker_id: int, incarnation: int) -> None:
-        running = Incarnation(
-            worker_id, incarnation, self._crew, self._config, self._hurry, self._clock
+    def _spawn(self, worker_id: int, number: int) -> None:
+        one = Incarnation(
+            worker_id,
+            number,
+            self._port,
+            self._config,
+            self._hurry,
+            owner=self,
+            clock=self._clock,
         )
-        self._running[worker_id] = running
+        self._incarnations[worker_id] = one
         task = asyncio.get_running_loop().create_task(
-            self._see_through(running), name=f"keisei-worker-{worker_id}.{incarnation}"
+            self._see_through(one), name=f"keisei-worker-{worker_id}.{number}"
         )
         self._tasks.add(task)
         task.add_done_callback(self._on_seen_through)
 
     def _on_seen_through(self, task: asyncio.Task[None]) -> None:
-        """Let no error of our own end supervision in silence."""
         self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, Exception):
-            self._fail(error)
+        if task.cancelled() and not self._tasks:
+            self._port.on_cancelled()
 
     # one incarnation, from its start to its end
 
-    async def _see_through(self, running: Incarnation) -> None:
+    async def _see_through(self, one: Incarnation) -> None:
         exitcode: int | None = None
         launch_error: Exception | None = None
         try:
-            handle = await running.start()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the policy decides about it
-            launch_error, handle = error, None
-        try:
+            try:
+                handle = await one.start()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the policy decides about it
+                launch_error, handle = error, None
             if handle is not None:
-                self._on_started(running, handle)
-                exitcode = await running.wait_gone(handle)
-        except asyncio.CancelledError:
-            running.close()  # somebody ends the whole loop; the process has been killed
-            raise
-        self._conclude(running, exitcode, launch_error)
+                self._on_started(one, handle)
+                exitcode = await one.wait_gone(handle)
+            if not one.is_gone:
+                await self._conclude(one, exitcode, launch_error)
+        except Exception as error:  # noqa: BLE001 - no error of our own may end supervision silently
+            self._on_own_error(one, exitcode, error)
+        finally:
+            one.conclude(_lost(one, "its supervision was cancelled"))
 
-    def _on_started(self, running: Incarnation, handle: ProcessHandle) -> None:
-        worker_id, number = running.worker_id, running.incarnation
+    def _on_started(self, one: Incarnation, handle: ProcessHandle) -> None:
+        worker_id, number = one.worker_id, one.number
         self._changed.set()
-        self._publish(events.WorkerStarted(worker_id, number, running.pid))
-        if running.is_ready:  # its own word came first
-            self._tell_ready(running)
+        self._publish(events.WorkerStarted(worker_id, number, one.pid))
+        if self.is_ready(worker_id):  # its own word came first
+            self._publish(events.WorkerReady(worker_id, number, one.pid))
 
         def on_stall(stall: Stall) -> None:
             self._publish(
-                events.WorkerSuspected(worker_id, number, stall.phase, stall.seconds, stall.stacks)
+                events.WorkerSuspected(
+                    worker_id, number, stall.phase, stall.seconds, stall.stacks, stall.state
+                )
             )
 
-        running.watch(handle, on_stall)
+        one.watch(handle, on_stall)
 
-    def _conclude(
-        self, running: Incarnation, exitcode: int | None, launch_error: Exception | None
+    def on_ready(self, incarnation: Incarnation) -> None:
+        """Called when a worker has finished its start: it may be given work from now on."""
+        worker_id, number = incarnation.worker_id, incarnation.number
+        self._advance(machine.Readied(worker_id, number))
+        if incarnation.line is not None and self.is_ready(worker_id):
+            if incarnation.handle is not None:
+                self._publish(events.WorkerReady(worker_id, number, incarnation.pid))
+            self._port.on_ready(incarnation.line)
+
+    async def _conclude(
+        self, one: Incarnation, exitcode: int | None, launch_error: Exception | None
     ) -> None:
         """Read what is left, classify, let the machine decide, and tell everybody."""
-        worker_id = running.worker_id
-        words = LastWords()
-        if running.handle is not None:
-            words = self._crew.read_last_words(worker_id)
+        words = await one.read_to_the_end()
         verdict = classify(
             words,
             exitcode=exitcode,
-            was_ready=running.is_ready,
-            ended_for=running.ended_for,
+            was_ready=one.said_ready,
+            ended_for=one.ended_for,
             launch_error=launch_error,
         )
-        report, stderr = running.crash_report(), running.stderr_tail()
-        running.close()
-        del self._running[worker_id]
+        incident = self._incident(one, verdict, words, exitcode)
+        one.stop_watching()  # before a back-off begins to count
+        worker_id = one.worker_id
         actions = self._advance(
             machine.Exited(
                 worker_id,
-                running.incarnation,
+                one.number,
                 verdict.cause,
                 jitter=self._random.random(),
                 version=words.version if verdict.blames_weights else 0,
                 raised=verdict.raised and verdict.cause is ExitCause.START_FAILED,
             )
         )
-        if not verdict.cause.is_failure:
-            self._crew.on_lost(worker_id, None)
-            self._publish(events.WorkerExited(worker_id, running.incarnation, verdict.cause))
-        else:
-            incident = self._incident(running, verdict, words, exitcode, report, stderr)
+        if incident is not None:
             incident = replace(
                 incident, remedy=self._remedy(worker_id, actions), delay=_delay(actions)
             )
             self.incidents.append(incident)
-            self._crew.on_lost(worker_id, incident)
+        one.give_back(_lost(one, "it has ended", incident))
+        if incident is None:
+            self._publish(events.WorkerExited(worker_id, one.number, verdict.cause))
+        else:
             self._publish(events.WorkerIncident(incident))
             self._carry_out(actions, incident)
+        self._close_if_terminal(worker_id)
+
+    def _on_own_error(self, one: Incarnation, exitcode: int | None, error: Exception) -> None:
+        """Handle a death all the same when handling it has failed, and fail the pool for it."""
+        detail = f"the pool failed to handle its end: {type(error).__name__}: {error}"
+        incident = Incident(
+            one.worker_id,
+            one.number,
+            ExitCause.LOST,
+            detail=detail,
+            exitcode=exitcode,
+            remedy=Remedy.ESCALATED,
+            monotonic=self._clock(),
+        )
+        if one.handle is not None:
+            one.handle.kill()
+        one.conclude(_lost(one, detail, incident))
+        self.fail(error)  # first: nothing is started in the place of this one
+        self._advance(machine.Exited(one.worker_id, one.number, ExitCause.LOST))
+        known = any(
+            (one.worker_id, one.number) == (known.worker_id, known.incarnation)
+            for known in self.incidents
+        )
+        if not known:
+            self.incidents.append(incident)
+            self._publish(events.WorkerIncident(incident))
+        self._close_if_terminal(one.worker_id)
+
+    def _close_if_terminal(self, worker_id: int) -> None:
         if self.is_closed(worker_id):
-            self._crew.on_slot_closed(worker_id)
+            self._port.on_slot_closed(worker_id)
         self._changed.set()
 
     def _incident(
-        self,
-        running: Incarnation,
-        verdict: Verdict,
-        words: LastWords,
-        exitcode: int | None,
-        report: str,
-        stderr: str,
-    ) -> Incident:
+        self, one: Incarnation, verdict: Verdict, words: LastWords, exitcode: int | None
+    ) -> Incident | None:
+        """Return the record of a failure, ``None`` for an end that is none."""
+        if not verdict.cause.is_failure:
+            return None
         return Incident(
-            worker_id=running.worker_id,
-            incarnation=running.incarnation,
+            worker_id=one.worker_id,
+            incarnation=one.number,
             cause=verdict.cause,
             detail=verdict.detail,
             exitcode=exitcode,
             phase=words.phase,
-            traceback=words.traceback or report or None,
+            traceback=words.traceback or one.crash_report() or None,
             weights_version=words.version,
             experiences_lost=words.experiences_lost,
             commands_lost=words.commands_lost,
             monotonic=self._clock(),
             last_command=words.last_command,
             rss=words.rss or None,
-            stderr=stderr,
+            stderr=one.stderr_tail(),
         )
 
     def _remedy(self, worker_id: int, actions: list[machine.Action]) -> Remedy:
@@ -333,7 +338,7 @@ class Supervisor:
         for action in actions:
             match action:
                 case machine.Withdraw(version):
-                    self._crew.withdraw_weights(version, incident)
+                    self._port.withdraw_weights(version, incident)
                 case machine.GiveUp(worker_id):
                     self._publish(events.WorkerGivenUp(worker_id, incident))
                 case machine.Escalate(_, reason):
@@ -343,7 +348,7 @@ class Supervisor:
 
     def _escalate(self, incident: Incident, reason: str) -> None:
         failure: Exception
-        if incident.cause is ExitCause.START_FAILED and not self._pool.was_complete:
+        if incident.cause is ExitCause.START_FAILED and not self._table.was_complete:
             failure = WorkerStartError(
                 f"worker {incident.worker_id} could not start: {incident.detail}",
                 incident.worker_id,
@@ -356,17 +361,22 @@ class Supervisor:
                 f"the pool has failed: {reason}; last: {incident.summary}", self.incidents
             )
         self._publish(events.PoolEscalated(incident))
-        self._fail(failure)
+        self.fail(failure)
 
-    def _fail(self, failure: Exception) -> None:
-        if self.failure is None:
-            self.failure = failure
-            self._advance(machine.Stopping())
-            self._crew.on_escalated()
+
+def _lost(one: Incarnation, why: str, incident: Incident | None = None) -> WorkerLost:
+    what = incident.summary if incident is not None else why
+    return WorkerLost(
+        f"worker {one.worker_id} was lost: {what}",
+        one.worker_id,
+        one.number,
+        incident.exitcode if incident is not None else 0,
+        incident.traceback if incident is not None else None,
+    )
 
 
 def _delay(actions: list[machine.Action]) -> float:
     return sum(action.delay for action in actions if isinstance(action, machine.Schedule))
 
 
-__all__ = ["Crew", "Incarnation", "Supervisor"]
+__all__ = ["Supervisor"]

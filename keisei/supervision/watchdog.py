@@ -29,7 +29,7 @@ class Observation(NamedTuple):
 
 
 class Staleness(NamedTuple):
-    """What a look at a worker found: seconds without progress, and when to look again."""
+    """Seconds without progress, and when to look again."""
 
     stale: float
     is_suspect: bool
@@ -37,8 +37,15 @@ class Staleness(NamedTuple):
     next_look: float
 
 
+FIRST_LOOK = 1.0
+"""Seconds without progress after which a worker is looked at for the first time."""
+
+
 def judge(since: float, now: float, deadline: float, lag: float) -> Staleness:
     """Decide about a worker that owes something; pure.
+
+    Looks come after a second, two, four …, besides those at half of the deadline and at its end:
+    so a worker that was stopped is noticed within twice the time that it has stood still.
 
     Args:
         since: When it last moved, or began to owe, whichever is later.
@@ -48,6 +55,7 @@ def judge(since: float, now: float, deadline: float, lag: float) -> Staleness:
     """
     stale = max(0.0, now - since - lag)
     goal = deadline if stale >= deadline / 2 else deadline / 2
+    goal = min(goal, max(FIRST_LOOK, 2 * stale))
     return Staleness(
         stale=stale,
         is_suspect=stale >= deadline / 2,
@@ -63,6 +71,7 @@ class Watchdog:
         self,
         observe: Callable[[], Observation],
         *,
+        on_look: Callable[[float], None],
         on_suspect: Callable[[float], None],
         on_hung: Callable[[float], None],
         clock: Callable[[], float] = time.monotonic,
@@ -71,11 +80,14 @@ class Watchdog:
 
         Args:
             observe: Tells what the worker owes and when it last moved.
+            on_look: Called at each look that finds no progress for a second or more, with the
+                seconds without progress.
             on_suspect: Called once per stall, with the seconds without progress.
             on_hung: Called once, with the seconds without progress.
             clock: Seconds, the same as the worker's.
         """
         self._observe = observe
+        self._on_look = on_look
         self._on_suspect = on_suspect
         self._on_hung = on_hung
         self._clock = clock
@@ -94,7 +106,7 @@ class Watchdog:
         now, seen = self._clock(), self._observe()
         if self._timer is None or (seen.is_idle and seen.since > self._base):
             self._begin_to_count(now)
-        look_at = max(now, self._base + seen.deadline / 2)
+        look_at = max(now, self._base + min(FIRST_LOOK, seen.deadline / 2))
         if self._timer is None or look_at < self._due:
             self.close()
             self._arm(look_at - now)
@@ -125,6 +137,8 @@ class Watchdog:
         if found.is_hung:
             self._on_hung(found.stale)
             return
+        if found.stale >= FIRST_LOOK:
+            self._on_look(found.stale)
         if found.is_suspect and not self._suspected:
             self._suspected = True
             self._on_suspect(found.stale)

@@ -42,11 +42,12 @@ OBEDIENT = """
     from keisei.backends.forkserver import server as the_server
 
     async def main():
-        tasks = []
+        managers, tasks = [], []  # a manager that is dropped ends its workers
         for activity in activities:
             method, _, kind = activity.partition(".")
             worker = functools.partial(backend_workers.Busy, str(folder / activity), kind)
             manager = ParallelManager(worker, config={"num_workers": 1, "start_method": method})
+            managers.append(manager)
             tasks.append(asyncio.create_task(manager.start()))
             if kind == "idle":
                 await tasks[-1]
@@ -60,6 +61,7 @@ OBEDIENT = """
                     config = {"num_workers": 1, "start_method": method}
                     config["preload"] = ["blocking_import"]  # the fork server itself hangs
                     manager = ParallelManager(blocking_import.Unreachable, config=config)
+                    managers.append(manager)
                     tasks.append(asyncio.create_task(manager.start()))
                 case "fork":
                     pid = os.fork()
@@ -316,7 +318,7 @@ def test_a_missing_guard_is_a_clear_error(tmp_path):
         for _ in ("forkserver", "spawn"):
             told = application.hear()
             assert told.startswith(
-                "worker 0 could not start: keisei.exceptions.ManagerStateError: a worker process "
+                "worker 0 could not start: keisei.ManagerStateError: a worker process "
                 "has imported the main script, which started a pool again; put what the script "
                 "does under 'if __name__ == \"__main__\":'\n"
             )

@@ -220,7 +220,7 @@ async def test_a_start_that_waits_is_cancelled(monkeypatch):
             starting.cancel()
             await asyncio.wait([starting])
         assert starting.cancelled()
-        reader = communicator.channels[0].reply.reader
+        reader = communicator.lines[0].reply
         reader.drain()
         assert reader.ended is not None
         await communicator.cleanup()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import fault_helpers
+from blocked import measured_loop
 
 MAX_LAG = 0.25
 """Seconds. Callbacks take a few milliseconds, and on a starved machine several times that: the loop
@@ -16,18 +16,15 @@ Whoever waits for a process, a thread or a reader in a callback takes longer tha
 
 
 @pytest.fixture(autouse=True)
-def _responsive(
-    request: pytest.FixtureRequest, no_leaks: None, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def _responsive(request: pytest.FixtureRequest, no_leaks: None) -> Iterator[None]:
     """Fail a test in which one callback of the loop, ours or asyncio's, held it up."""
     if sys.platform != "linux" or "blocks_the_loop" in request.fixturenames:
         yield
         return
-    with fault_helpers.measured_loop(monkeypatch) as worst:
+    with measured_loop() as worst:
         yield
-        seconds, who = worst()
-    if seconds > MAX_LAG:
-        pytest.fail(f"the event loop was blocked for {1000 * seconds:.0f} ms by {who}")
+    if worst().seconds > MAX_LAG:
+        pytest.fail(str(worst()))
 
 
 @pytest.fixture

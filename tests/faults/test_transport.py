@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from fault_helpers import (
 from keisei.events import ExitCause
 from keisei.exceptions import WorkerStartError
 from keisei.testing import failpoints, leaks
-from keisei.testing.failpoints import Failpoint, armed
+from keisei.testing.failpoints import Failpoint, Gate, armed
 from keisei.testing.scenarios import fail_after
 
 
@@ -124,6 +125,54 @@ async def test_what_an_earlier_process_sent_is_not_taken_for_a_later_one(make_ma
         assert ours[:3] == [0, 0, 0]
         assert set(ours[3:]) == {1}
         assert len(manager.incidents) == 1
+
+
+@pytest.mark.parametrize("worker", [pool_workers.Counting, pool_workers.Coroutine])
+@pytest.mark.parametrize("number", [2, 8, 15])
+async def test_what_a_worker_sent_while_its_queue_rested_outlives_it(
+    make_manager, force_rests, worker, number
+):
+    """Nobody was about to look at its queue when it died; still each batch arrives, once."""
+    force_rests(3600.0)
+    with Gate() as gate:
+        worker = armed(
+            partial(worker, gate=gate), Failpoint("collect", failpoints.kill, hit=number + 1)
+        )
+        async with (
+            fail_after(LIMIT),
+            watched(make_manager(worker, max_queue_size=16)) as (manager, events),
+        ):
+            for visitor in [await gate.visitor(), await gate.visitor()]:
+                visitor.release()
+            while manager.stats().num_queued < 2:  # one look at each queue
+                await pool_workers.turn()
+            gate.open()
+            incidents = [await next_incident(events) for _ in range(2)]
+            batches = [batch for batch in await manager.collect() if batch.incarnation == 0]
+            found = sorted((batch.worker_id, batch.sequence) for batch in batches)
+            assert found == [(worker, n) for worker in (0, 1) for n in range(number)]
+            assert [incident.experiences_lost for incident in incidents] == [1, 1]
+
+
+@pytest.mark.parametrize("rests", [None, 0.02], ids=["", "rests"])
+@pytest.mark.parametrize("worker", [pool_workers.Counting, pool_workers.Coroutine])
+async def test_no_death_in_a_stream_loses_a_batch(make_manager, force_rests, worker, rests):
+    """Every process of both slots dies after its fortieth batch; all forty of each arrive."""
+    if rests is not None:
+        force_rests(rests)
+    worker = armed(worker, Failpoint("collect", failpoints.kill, incarnation=None, hit=41))
+    config = {"max_queue_size": 16, "restart": {"max_restarts": 1000, "backoff_base": 0.0}}
+    async with fail_after(LIMIT), make_manager(worker, **config) as manager:
+        counts = Counter()
+        while len(counts) < 8:
+            for batch in await manager.collect():
+                process = batch.worker_id, batch.incarnation
+                assert batch.sequence == counts[process]
+                counts[process] += 1
+        replaced = [one for one in counts if (one[0], one[1] + 1) in counts]
+        assert len(replaced) == 6
+        assert [counts[one] for one in replaced] == [40] * 6
+        assert {incident.experiences_lost for incident in manager.incidents} == {1}
 
 
 async def test_a_late_reply_of_an_earlier_process_answers_nobody(make_manager):

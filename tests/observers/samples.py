@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
 from keisei.events import (
     Event,
     ExitCause,
@@ -49,6 +53,31 @@ def update(number: int, num_steps: int, **metrics: float) -> UpdateCompleted:
         staleness=0.5,
         metrics=metrics,
     )
+
+
+class Unfriendly:
+    """A value whose every conversion fails."""
+
+    def _fail(self, *arguments: object) -> Any:
+        raise RuntimeError("no")
+
+    __str__ = __repr__ = __format__ = __float__ = __int__ = __bool__ = __hash__ = __eq__ = _fail  # type: ignore[assignment]
+    __getattr__ = __len__ = __lt__ = __iter__ = _fail
+
+
+ODD_VALUES = [None, "text", "\udcff", float("nan"), 10**400, [1], {"a": 1}, b"", Unfriendly()]
+
+
+def odd_events() -> Iterator[Event]:
+    """Yield every event with each of its fields, and all of them, of a kind that it never has."""
+    for event in EVERY_EVENT:
+        fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+        for value in ODD_VALUES:
+            for name in fields:
+                yield type(event)(**{**fields, name: value})
+            yield type(event)(**dict.fromkeys(fields, value))
+    for value in ODD_VALUES:
+        yield update(1, 1, mean_return=value)  # type: ignore[arg-type]
 
 
 EVERY_EVENT: tuple[Event, ...] = (

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from keisei import events
-from keisei.events import Event, PoolStarted, WorkerIncident
+from keisei.events import Event, PoolStarted, WorkerIncident, WorkerSuspected
 from keisei.observers.log import LogObserver, describe
-from observers.samples import EVERY_EVENT, SUMMARY
+from observers.samples import EVERY_EVENT, SUMMARY, Unfriendly, odd_events, update
 
 EXPECTED = [
     ("DEBUG", "worker 1 (incarnation 0) started as process 4711"),
@@ -86,3 +86,39 @@ def test_a_level_that_is_off_writes_nothing(caplog, event):
     with caplog.at_level(logging.ERROR, logger="keisei"):
         LogObserver().on_event(event)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        (
+            "T",
+            "worker 1 (incarnation 2) is stopped by a signal (state T), in idle for 0.5 s; "
+            "SIGCONT lets it go on",
+        ),
+        ("D", "worker 1 (incarnation 2) made no progress in idle for 0.5 s (state D)"),
+        ("", "worker 1 (incarnation 2) made no progress in idle for 0.5 s"),
+    ],
+)
+def test_a_stopped_worker_is_told_plainly(state, text):
+    """A suspicion names the process state, and what a stopped process needs to go on."""
+    event = WorkerSuspected(1, 2, "idle", 0.5, state=state)
+    assert describe(event) == (logging.WARNING, text)
+
+
+def test_no_content_of_an_event_makes_the_log_fail(caplog):
+    """Fields of any kind make one record each, which can be encoded."""
+    events = list(odd_events())
+    with caplog.at_level(logging.DEBUG, logger="keisei"):
+        for event in events:
+            LogObserver().on_event(event)
+    assert len(caplog.records) == len(events)
+    for record in caplog.records:
+        assert record.getMessage().encode()
+
+
+def test_metrics_that_are_no_numbers_are_shown_as_they_are():
+    """Each metric is formatted by itself: one of a wrong kind spoils none of the others."""
+    event = update(1, 2, loss=0.5, mean_return=None, name="x", odd=Unfriendly())  # type: ignore[arg-type]
+    _, text = describe(event)
+    assert ", loss 0.5, mean_return None, name 'x', odd <Unfriendly instance at 0x" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
@@ -17,6 +18,10 @@ class Recorder:
 
     def on_event(self, event: Event) -> None:
         self.log.append((self.name, event))
+
+
+class Private(BaseException):
+    """An error of the application's own that "except Exception" does not see."""
 
 
 class Failing:
@@ -61,6 +66,63 @@ def test_an_observer_that_raises_is_removed_and_logged(caplog):
         "observer Failing() failed at PoolStarted and was removed"
     ]
     assert caplog.records[0].exc_info[1] is failing.error
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), GeneratorExit(), asyncio.CancelledError(), StopIteration(), Private()]
+)
+def test_no_kind_of_error_passes_an_observer(caplog, error):
+    """Errors that would end the application or cancel the pool remove the observer as any other."""
+    log: list[tuple[str, Event]] = []
+    observers = ObserverSet([Failing(error), Recorder(log, "b")])
+    with caplog.at_level(logging.ERROR, logger="keisei.observers"):
+        observers.on_event(PoolStarted(2))
+    assert log == [("b", PoolStarted(2))]
+    assert len(observers) == 1
+    assert caplog.records[0].exc_info[1] is error
+
+
+def test_a_log_that_fails_does_not_keep_a_failed_observer():
+    """A log handler that raises while the failure is logged reaches nobody else."""
+
+    class FailingHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("the disk is full")
+
+    log: list[tuple[str, Event]] = []
+    observers = ObserverSet([Failing(ValueError("no")), Recorder(log, "b")])
+    logger, handler = logging.getLogger("keisei.observers"), FailingHandler()
+    logger.addHandler(handler)
+    try:
+        observers.on_event(PoolStarted(2))
+    finally:
+        logger.removeHandler(handler)
+    assert log == [("b", PoolStarted(2))]
+    assert len(observers) == 1
+
+
+def test_an_interrupt_in_a_running_loop_is_raised_by_the_loop():
+    """Ctrl-C inside an observer lets the event be told to all, and then ends the loop."""
+    log: list[tuple[str, Event]] = []
+    failing = Failing(KeyboardInterrupt())
+    observers = ObserverSet([failing, Recorder(log, "b")])
+    went_on = []
+
+    async def tell() -> None:
+        observers.on_event(PoolStarted(2))
+        went_on.append(True)
+        await asyncio.Event().wait()
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(tell())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(task)
+        assert (log, went_on, len(observers)) == ([("b", PoolStarted(2))], [True], 2)
+        task.cancel()
+        loop.run_until_complete(asyncio.wait([task]))
+    finally:
+        loop.close()
 
 
 def test_an_interrupt_is_not_an_observers_failure():

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from observers.samples import EVERY_EVENT, INCIDENT, SUMMARY, update
+from observers.samples import EVERY_EVENT, INCIDENT, SUMMARY, odd_events, update
 
 pytest.importorskip("rich", reason="needs the extra 'progress'")
 
@@ -139,13 +139,27 @@ def test_the_terminal_is_given_back_when_the_application_fails(screen, clock):
     progress.close()
 
 
-def test_the_terminal_is_given_back_when_the_display_fails(screen, clock):
+class BreakingScreen(io.StringIO):
+    """A terminal that refuses one write, once ``broken`` is set."""
+
+    broken = False
+
+    def write(self, text: str) -> int:
+        if self.broken:
+            self.broken = False
+            raise OSError("the terminal is gone")
+        return super().write(text)
+
+
+def test_the_terminal_is_given_back_when_the_display_fails(clock):
     """A display that cannot be drawn ends itself, is removed, and leaves the terminal as it was."""
+    screen = BreakingScreen()
     progress = RichProgress(console=on_a_terminal(screen), clock=clock)
     observers = ObserverSet([progress])
     observers.on_event(PoolStarted(2))
     clock.now += 1.0
-    observers.on_event(update(1, 1, mean_return="not a number"))  # type: ignore[arg-type]
+    screen.broken = True
+    observers.on_event(update(1, 1))
     assert len(observers) == 0
     assert screen.getvalue().endswith("\x1b[?25h")
 
@@ -185,14 +199,15 @@ def test_workers_come_and_go(screen, clock):
 
 
 def test_a_known_goal_shows_a_bar(screen, clock):
-    """With total_steps the display has a bar that is full in proportion."""
+    """With total_steps a bar that is full in proportion stands above the line of figures."""
     progress = RichProgress(console=on_a_terminal(screen), clock=clock, total_steps=2000)
     progress.on_event(PoolStarted(1))
     clock.now += 1.0
     progress.on_event(update(1, 1000))
     progress.on_event(PoolStopped(0))
-    last_bar = [line for line in screen.getvalue().splitlines() if "━" in line][-1]
+    last_bar, figures, _ = screen.getvalue().splitlines()[-3:]
     assert last_bar.count("━") == 80
+    assert figures.startswith("1,000 steps · ")
 
 
 @pytest.mark.parametrize("console", [on_a_terminal, in_a_file])
@@ -202,6 +217,36 @@ def test_every_event_is_taken(console, screen, clock):
     for event in EVERY_EVENT:
         progress.on_event(event)
     assert "12,288 steps" in screen.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_no_content_of_an_event_makes_the_display_fail(is_terminal, encoding, clock):
+    """Fields of any kind leave the figures as they were, on a screen of any encoding."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, force_terminal=is_terminal, width=160, legacy_windows=False)
+    progress = RichProgress(
+        console=console, clock=clock, line_interval=0, refresh_interval=0, total_steps=100
+    )
+    observers = ObserverSet([progress])
+    for event in odd_events():
+        observers.on_event(event)
+    assert list(observers) == [progress]
+    progress.on_event(update(7, 1234, mean_return=1.0))
+    progress.close()
+    file.flush()
+    assert b"1,234 steps" in file.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), ("1.5", "–"), (float("nan"), "nan"), (2, "2.0"), ([3.0], "–")],
+)
+def test_a_return_that_is_no_number_is_a_dash(screen, clock, value, shown):
+    """Only numbers are shown as the return, NaN among them."""
+    progress = RichProgress(console=in_a_file(screen), clock=clock, line_interval=0.0)
+    progress.on_event(update(1, 10, mean_return=value))
+    assert f"· return {shown} ·" in screen.getvalue()
 
 
 def test_without_rich_the_error_says_what_to_install():

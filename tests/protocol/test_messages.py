@@ -34,7 +34,7 @@ FRAME = messages.ExperienceFrame(
         messages.Stop(),
         messages.Arena(Layout((Field("w", "float32", (2, 3), 0, 24),), 64)),
         messages.Announcement(3, acknowledge=True),
-        messages.Ready(4),
+        messages.Ready(4, True),
         messages.Reply(5, b"value"),
         messages.ReplyError(6, "message", "traceback"),
         messages.Applied(7),

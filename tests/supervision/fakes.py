@@ -7,8 +7,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from keisei.events import Incident
-from keisei.ipc.status import Phase, StatusLine
-from keisei.supervision.exits import LastWords
+from keisei.exceptions import WorkerLost
+from keisei.ipc.status import Phase
+from keisei.protocol import messages
+from keisei.protocol.batches import PendingBatch
+from keisei.protocol.endpoints import WorkerEndpoints
+from keisei.protocol.last_words import LastWords
+from keisei.protocol.line import Line
 
 
 class FakeHandle:
@@ -77,14 +82,19 @@ class FakeHandle:
 Launch = Callable[[int, int], Coroutine[Any, Any, FakeHandle]]
 
 
-class FakeCrew:
+class FakePort:
     """The pool that a supervisor asks; launches are what the test makes of them.
+
+    Lines are real ones; the worker's ends of them are in the hands of the test.
 
     Attributes:
         launches: (slot, incarnation) of every launch, in order.
         handles: The processes, by (slot, incarnation).
         told: What the supervisor told, in order.
-        words: What the ended process of a slot leaves behind.
+        words: What the ended process of a slot leaves behind, in the place of what its line says.
+        lines: The newest line of each slot.
+        ends: The worker's ends of the newest line of each slot.
+        is_paused: Whether workers are to stand still.
     """
 
     def __init__(self, launch: Launch | None = None) -> None:
@@ -93,65 +103,78 @@ class FakeCrew:
         self.handles: dict[tuple[int, int], FakeHandle] = {}
         self.told: list[tuple[object, ...]] = []
         self.words: dict[int, LastWords] = {}
-        self.lines: dict[int, StatusLine] = {}
-        self.owing: set[int] = set()
+        self.lines: dict[int, Line] = {}
+        self.ends: dict[int, WorkerEndpoints] = {}
         self.aborted = asyncio.Event()
-        self.can_be_asked = True
+        self.is_paused = False
         self.reacts: dict[str, int] = {"kill": -9}
 
-    async def launch(self, worker_id: int, incarnation: int) -> FakeHandle:
+    def make_line(self, worker_id: int, incarnation: int) -> Line:
+        if worker_id in self.ends:
+            self.ends[worker_id].close()
+        line = self.lines[worker_id] = Line(worker_id, incarnation, 4)
+        self.ends[worker_id] = line.endpoints()
+        say = line.last_words
+        line.last_words = lambda: self.words.get(worker_id) or say()
+        return line
+
+    async def launch(self, line: Line) -> FakeHandle:
+        worker_id, incarnation = line.worker_id, line.incarnation
         self.launches.append((worker_id, incarnation))
-        if worker_id in self.lines:
-            self.lines[worker_id].close()
-        self.lines[worker_id] = StatusLine()
         if self._launch is not None:
             handle = await self._launch(worker_id, incarnation)
         else:
             handle = FakeHandle(1000 * worker_id + incarnation, **self.reacts)
         self.handles[worker_id, incarnation] = handle
+        send = line.try_to_send
+
+        def try_to_send(message: object) -> bool:
+            if isinstance(message, messages.Stop):
+                self.told.append(("ask_to_stop", worker_id))
+                handle._call("ask")
+            return send(message)
+
+        line.try_to_send = try_to_send
         return handle
 
     def abort_launch(self) -> None:
         self.told.append(("abort_launch",))
         self.aborted.set()
 
-    def status(self, worker_id: int) -> StatusLine:
-        return self.lines[worker_id]
+    def say(self, worker_id: int, message: object) -> None:
+        """Have a slot's process send a frame to the application."""
+        self.ends[worker_id].reply.put_nowait(messages.pack(message))
 
     def enter(self, worker_id: int, phase: Phase) -> None:
         """Have a slot's process say what it is doing."""
-        self.lines[worker_id].enter(phase)
+        self.lines[worker_id].status.enter(phase)
 
-    def owes(self, worker_id: int) -> bool:
-        return worker_id in self.owing
+    def on_batch(self, batch: PendingBatch) -> None:
+        self.told.append(("on_batch", batch))
 
-    def ask_to_stop(self, worker_id: int) -> bool:
-        self.told.append(("ask_to_stop", worker_id))
-        if self.can_be_asked:
-            handle = self.handles[max(key for key in self.handles if key[0] == worker_id)]
-            handle._call("ask")
-        return self.can_be_asked
-
-    def read_last_words(self, worker_id: int) -> LastWords:
-        self.told.append(("read_last_words", worker_id))
-        return self.words.get(worker_id, LastWords())
+    def on_ready(self, line: Line) -> None:
+        self.told.append(("on_ready", line.worker_id, line.incarnation))
 
     def withdraw_weights(self, version: int, incident: Incident) -> None:
         self.told.append(("withdraw_weights", version, incident))
 
-    def on_lost(self, worker_id: int, incident: Incident | None) -> None:
-        self.told.append(("on_lost", worker_id, incident))
+    def on_failed(self) -> None:
+        self.told.append(("on_failed",))
 
-    def on_escalated(self) -> None:
-        self.told.append(("on_escalated",))
+    def on_cancelled(self) -> None:
+        self.told.append(("on_cancelled",))
 
     def on_slot_closed(self, worker_id: int) -> None:
         self.told.append(("on_slot_closed", worker_id))
 
     def close(self) -> None:
+        for ends in self.ends.values():
+            ends.close()
         for line in self.lines.values():
-            line.close()
+            line.lose(WorkerLost("the test is over"))
+            line.last_words = line.try_to_send = None  # they refer to the line itself
         self.lines.clear()
+        self.ends.clear()
 
 
 async def turn(times: int = 20) -> None:

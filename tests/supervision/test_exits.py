@@ -9,7 +9,8 @@ import signal
 import pytest
 
 from keisei.events import ExitCause
-from keisei.supervision.exits import LastWords, Verdict, classify
+from keisei.protocol.last_words import LastWords
+from keisei.supervision.exits import Verdict, classify
 
 GOODBYE = LastWords(said_goodbye=True)
 FAILED = LastWords(failure="ValueError: no", traceback="Traceback …", phase="collect")

@@ -17,19 +17,18 @@ from keisei.supervision.machine import (
     Due,
     End,
     Escalate,
+    Event,
     Exited,
     GiveUp,
-    Happening,
-    Pool,
     Readied,
     Removed,
     Schedule,
-    SlotStatus,
     Spawn,
     Stopping,
     Withdraw,
     step,
 )
+from keisei.supervision.slots import SlotStatus, SlotTable
 
 FAILURES = [cause for cause in ExitCause if cause.is_failure]
 NON_FAILURES = [cause for cause in ExitCause if not cause.is_failure]
@@ -40,12 +39,12 @@ class Drive:
     """A pool in the hands of a test: it says what happens, and when."""
 
     def __init__(self, slots: int = 1, *, policy: dict[str, float] | None = None, **pool) -> None:
-        self.pool = Pool(policy=RestartPolicy(**(policy or {})), **pool)
+        self.pool = SlotTable(policy=RestartPolicy(**(policy or {})), **pool)
         self.now = 0.0
         for worker_id in range(slots):
             self.tell(Added(worker_id))
 
-    def tell(self, happening: Happening) -> list[Action]:
+    def tell(self, happening: Event) -> list[Action]:
         self.pool, actions = step(self.pool, happening, self.now)
         return actions
 
@@ -550,7 +549,7 @@ class AnyOrder(RuleBasedStateMachine):
             reset_after=5.0,
             max_concurrent_starts=starts,
         )
-        self.pool = Pool(
+        self.pool = SlotTable(
             policy=self.policy,
             degrade=degrade,
             min_workers=min_workers,
@@ -571,7 +570,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.was_complete = False
         self.withdrawn: list[int] = []
 
-    def tell(self, happening: Happening) -> list[Action]:
+    def tell(self, happening: Event) -> list[Action]:
         self.pool, actions = step(self.pool, happening, self.now)
         for action in actions:
             match action:

@@ -14,11 +14,12 @@ from keisei.config import ParallelConfig
 from keisei.events import ExitCause, Remedy
 from keisei.exceptions import PoolExhausted, WorkerStartError
 from keisei.ipc.status import Phase
-from keisei.supervision import incarnation, shutdown
-from keisei.supervision.exits import LastWords
-from keisei.supervision.machine import SlotStatus
+from keisei.protocol import messages
+from keisei.protocol.last_words import LastWords
+from keisei.supervision import incarnation, shutdown, stalls
+from keisei.supervision.slots import SlotStatus
 from keisei.supervision.supervisor import Supervisor
-from supervision.fakes import FakeCrew, FakeHandle, turn
+from supervision.fakes import FakeHandle, FakePort, turn
 
 FOREVER = 3600.0
 
@@ -29,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutdown, "KILL_GRACE", 0.02)
     monkeypatch.setattr(shutdown, "HURRIED_GRACE", 0.02)
     monkeypatch.setattr(incarnation, "_DYING_TIME", 0.0)
-    monkeypatch.setattr(incarnation, "_DUMP_TIME", 0.0)
+    monkeypatch.setattr(stalls, "_DUMP_TIME", 0.0)
 
 
 # By a signal, so that a test which waits in vain fails alone.
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.timeout(30, method="signal")
 class Scene:
     """A supervisor with its fake crew, and everything that it published."""
 
-    def __init__(self, crew: FakeCrew, **config: Any) -> None:
+    def __init__(self, crew: FakePort, **config: Any) -> None:
         restart = {"backoff_base": 0.0, "backoff_cap": 0.0, **config.pop("restart", {})}
         values = {
             "num_workers": 1,
@@ -65,7 +66,7 @@ class Scene:
 
     async def ready(self, worker_id: int = 0) -> None:
         self.crew.enter(worker_id, Phase.IDLE)
-        self.supervisor.readied(worker_id, self.supervisor.slots[worker_id].incarnation)
+        self.crew.say(worker_id, messages.Ready(0, True))
         await turn()
 
     def handle(self, worker_id: int = 0) -> FakeHandle:
@@ -73,6 +74,10 @@ class Scene:
         assert running is not None
         assert isinstance(running.handle, FakeHandle)
         return running.handle
+
+    def poke(self, worker_id: int = 0) -> None:
+        """Tell the watchdog that a slot's process was given something to do."""
+        self.supervisor.running(worker_id).on_work()
 
     def status(self, worker_id: int = 0) -> SlotStatus:
         return self.supervisor.slots[worker_id].status
@@ -94,14 +99,14 @@ class Scene:
 
 
 @pytest.fixture
-def crew() -> Iterator[FakeCrew]:
-    crew = FakeCrew()
+def crew() -> Iterator[FakePort]:
+    crew = FakePort()
     yield crew
     crew.close()
 
 
 @pytest.fixture
-def scene(crew: FakeCrew) -> Scene:
+def scene(crew: FakePort) -> Scene:
     return Scene(crew)
 
 
@@ -154,7 +159,6 @@ async def test_a_dead_process_is_replaced(scene):
     assert (incident.last_command, incident.rss) == ("evaluate", 2**20)
     assert incident.traceback == "Fatal Python error: Segmentation fault"
     assert (incident.remedy, incident.delay) == (Remedy.RESTARTED, 0.0)
-    assert scene.told("on_lost") == [("on_lost", 0, incident)]
     assert scene.kinds()[2:] == ["WorkerIncident", "WorkerStarted"]
     assert scene.supervisor.num_restarts == 1
     await scene.stop()
@@ -164,9 +168,9 @@ async def test_the_queues_are_read_before_the_next_process_is_launched(scene):
     """The last words of a process belong to it, not to its successor."""
     await scene.start()
     order = []
-    read, launch = scene.crew.read_last_words, scene.crew.launch
-    scene.crew.read_last_words = lambda key: order.append("read") or read(key)
-    scene.crew.launch = lambda key, number: order.append("launch") or launch(key, number)
+    read, launch = scene.crew.lines[0].read_to_the_end, scene.crew.launch
+    scene.crew.lines[0].read_to_the_end = lambda: order.append("read") or read()
+    scene.crew.launch = lambda line: order.append("launch") or launch(line)
     scene.handle().exit(1)
     await turn()
     assert order == ["read", "launch"]
@@ -197,7 +201,6 @@ async def test_a_recycled_worker_is_no_incident(scene):
     assert scene.supervisor.incidents == []
     assert scene.supervisor.num_restarts == 1
     assert events.WorkerExited(0, 0, ExitCause.RECYCLED) in scene.published
-    assert scene.told("on_lost") == [("on_lost", 0, None)]
     await scene.stop()
 
 
@@ -227,20 +230,19 @@ async def test_readiness_that_comes_before_the_launch_is_known_is_told_after_it(
 
 
 async def test_readiness_is_told_once(scene):
-    """The same word again, or that of an older process, publishes nothing."""
+    """A worker that says so twice breaks the protocol, and is replaced."""
     assert not scene.supervisor.is_ready(0)
     scene.supervisor.add(0)
     await turn()
     assert not scene.supervisor.is_ready(0)
     await scene.ready()
     assert scene.supervisor.is_ready(0)
-    scene.supervisor.readied(0, 0)
-    scene.handle().exit(1)
-    await turn()
-    scene.supervisor.readied(0, 0)
+    await scene.ready()
     assert scene.kinds().count("WorkerReady") == 1
     assert scene.status() is SlotStatus.STARTING
     assert not scene.supervisor.is_ready(0)
+    (incident,) = scene.supervisor.incidents
+    assert incident.cause is ExitCause.PROTOCOL
     await scene.stop()
 
 
@@ -260,11 +262,7 @@ async def test_a_process_that_was_ready_in_its_last_words_was_ready(scene):
     scene.supervisor.add(0)
     await turn()
 
-    def read_last_words(worker_id: int) -> LastWords:
-        scene.supervisor.readied(worker_id, 0)
-        return LastWords()
-
-    scene.crew.read_last_words = read_last_words
+    scene.crew.say(0, messages.Ready(0, True))
     scene.handle().exit(3)
     await turn()
     assert [one.cause for one in scene.supervisor.incidents] == [ExitCause.EXIT]
@@ -287,7 +285,7 @@ async def test_the_back_off_is_kept(crew):
     assert [one.delay for one in scene.supervisor.incidents] == [0.0, FOREVER / 2]
     assert scene.supervisor.running(0) is None
     assert len(crew.launches) == 2
-    timer = scene.supervisor._timers[0]
+    (timer,) = scene.supervisor._incarnations[0]._timers
     assert timer.when() - asyncio.get_running_loop().time() == pytest.approx(FOREVER / 2, abs=5)
     await scene.stop()
     assert timer.cancelled()
@@ -336,7 +334,6 @@ async def test_a_launch_that_raises_is_tried_again(crew):
     assert causes == [(ExitCause.START_FAILED, None, "")] * 2
     assert "Too many open files" in scene.supervisor.incidents[0].detail
     assert crew.launches == [(0, 0), (0, 1), (0, 2)]
-    assert scene.told("read_last_words") == []
     assert scene.kinds() == ["WorkerIncident", "WorkerIncident", "WorkerStarted", "WorkerReady"]
     await scene.stop()
 
@@ -454,7 +451,6 @@ async def test_a_pool_that_is_stopped_before_it_launches_launches_nothing(scene)
     await scene.supervisor.stop()
     assert scene.crew.launches == []
     assert scene.published == [events.WorkerExited(0, 0, ExitCause.REQUESTED)]
-    assert scene.told("read_last_words") == []
 
 
 @pytest.mark.parametrize("hurried", [False, True])
@@ -641,7 +637,7 @@ async def test_too_many_failures_end_the_pool(crew):
     first, last = scene.supervisor.incidents
     assert (first.remedy, last.remedy) == (Remedy.RESTARTED, Remedy.ESCALATED)
     assert scene.supervisor.failure.incidents == (first, last)
-    assert scene.told("on_escalated") == [("on_escalated",)]
+    assert scene.told("on_failed") == [("on_failed",)]
     assert events.PoolEscalated(last) in scene.published
     assert crew.handles[1, 0].calls == ["ask", "kill", "close"]
     assert crew.launches == [(0, 0), (1, 0), (0, 1)]
@@ -700,23 +696,22 @@ async def test_weights_that_kill_are_withdrawn(crew):
 
 
 async def test_an_error_of_the_crew_ends_the_pool_and_is_not_hidden(crew):
-    """Whatever goes wrong in supervision itself, nobody waits for ever."""
+    """Whatever goes wrong in supervision itself, the death is recorded and every wait ends."""
     scene = Scene(crew)
     await scene.start(2)
 
-    def read_last_words(worker_id: int) -> LastWords:
+    def last_words() -> LastWords:
         raise ZeroDivisionError("a bug")
 
-    scene.crew.read_last_words = read_last_words
+    scene.crew.lines[0].last_words = last_words
     settled = asyncio.create_task(scene.supervisor.wait_settled())
     scene.crew.handles[1, 0].reacts["ask"] = 0
     scene.handle(0).exit(1)
     await turn()
-    del scene.crew.read_last_words
     await settled
     with pytest.raises(ZeroDivisionError, match="a bug"):
         await scene.supervisor.wait_settled()
-    assert scene.told("on_escalated") == [("on_escalated",)]
+    assert scene.told("on_failed") == [("on_failed",)]
     await scene.stop()
 
 
@@ -724,7 +719,7 @@ async def test_an_error_of_the_crew_ends_the_pool_and_is_not_hidden(crew):
 
 
 @pytest.fixture
-def hanging(crew: FakeCrew) -> Scene:
+def hanging(crew: FakePort) -> Scene:
     """Return a scene in which half of the deadline is half a tenth of a second."""
     return Scene(crew, collect_timeout=0.1)
 
@@ -735,7 +730,7 @@ async def test_a_hung_worker_is_suspected_killed_and_replaced(hanging):
     old = hanging.handle()
     old.dump, old.letter = "stack of the stall", "T"
     hanging.crew.enter(0, Phase.COLLECT)
-    hanging.supervisor.expect_progress(0)
+    hanging.poke()
     while len(hanging.crew.launches) < 2:
         await turn()
     (suspected,) = [e for e in hanging.published if isinstance(e, events.WorkerSuspected)]
@@ -754,8 +749,8 @@ async def test_a_hung_worker_is_suspected_killed_and_replaced(hanging):
 async def test_a_worker_that_owes_nothing_may_be_idle_for_ever(hanging):
     """Idle without a duty there is no deadline, and no timer either."""
     await hanging.start()
-    watchdog = hanging.supervisor.running(0)._watchdog
-    hanging.supervisor.expect_progress(0)
+    watchdog = hanging.supervisor.running(0)._watch._watchdog
+    hanging.poke()
     while watchdog._timer is not None:
         await turn()
     assert hanging.published[2:] == []
@@ -766,12 +761,10 @@ async def test_a_worker_that_owes_nothing_may_be_idle_for_ever(hanging):
 async def test_an_idle_worker_that_owes_something_hangs(hanging):
     """A duty that nobody takes up is a stall in the phase "idle"."""
     await hanging.start()
-    hanging.crew.owing.add(0)
-    hanging.supervisor.expect_progress(0)
+    hanging.crew.lines[0].grant(1)
     while not hanging.supervisor.incidents:
         await turn()
     assert "no progress in idle" in hanging.supervisor.incidents[0].detail
-    hanging.crew.owing.clear()
     await hanging.stop()
 
 
@@ -794,8 +787,8 @@ async def test_a_command_may_take_as_long_as_commands_may(crew, phase):
     scene = Scene(crew, collect_timeout=0.01)
     await scene.start()
     crew.enter(0, phase)
-    scene.supervisor.expect_progress(0)
-    watchdog = scene.supervisor.running(0)._watchdog
+    scene.poke()
+    watchdog = scene.supervisor.running(0)._watch._watchdog
     assert watchdog._observe().deadline == FOREVER
     crew.enter(0, Phase.COLLECT)
     assert watchdog._observe().deadline == 0.01
@@ -808,14 +801,14 @@ async def test_a_stall_that_was_overcome_is_not_why_it_died_later(crew):
     await scene.start()
     handle = scene.handle()
     handle.dump = "an old stall\n"
-    scene.supervisor.running(0)._dump(handle, lambda: None)
+    scene.supervisor.running(0)._watch._dump(lambda: None)
     await turn()
     handle.report += "Fatal Python error: Aborted"
     handle.exit(-6)
     await turn()
     assert scene.supervisor.incidents[0].traceback == "Fatal Python error: Aborted"
     handle = scene.handle()
-    scene.supervisor.running(0)._dump(handle, lambda: None)
+    scene.supervisor.running(0)._watch._dump(lambda: None)
     await turn()
     handle.exit(-9)
     await turn()
@@ -838,7 +831,7 @@ async def test_the_last_stacks_that_there_are_are_told(hanging, dumps, told):
     old.dumps = list(dumps)
     old.late = "late" if told == "late" else ""
     hanging.crew.enter(0, Phase.COLLECT)
-    hanging.supervisor.expect_progress(0)
+    hanging.poke()
     while not hanging.supervisor.incidents:
         await turn()
     assert hanging.supervisor.incidents[0].traceback == told
@@ -858,7 +851,7 @@ async def test_the_incident_tells_the_last_lines_of_standard_error(scene):
 async def test_a_condemned_process_is_killed_and_replaced(scene):
     """The incident has the cause and the detail that it was condemned for."""
     await scene.start()
-    scene.supervisor.condemn(0, ExitCause.PROTOCOL, "a frame makes no sense")
+    scene.supervisor.running(0).condemn(ExitCause.PROTOCOL, "a frame makes no sense")
     await turn()
     (incident,) = scene.supervisor.incidents
     assert (incident.cause, incident.detail) == (ExitCause.PROTOCOL, "a frame makes no sense")
@@ -880,7 +873,7 @@ async def test_a_process_that_is_condemned_while_it_is_launched_is_killed_then(c
     scene = Scene(crew)
     scene.supervisor.add(0)
     await turn()
-    scene.supervisor.condemn(0, ExitCause.PROTOCOL, "garbage")
+    scene.supervisor.running(0).condemn(ExitCause.PROTOCOL, "garbage")
     launched.set()
     await turn()
     assert [one.cause for one in scene.supervisor.incidents] == [ExitCause.PROTOCOL]
@@ -895,7 +888,7 @@ async def test_a_condemned_process_that_cannot_be_killed_is_abandoned(scene):
     stuck = scene.handle()
     stuck.letter = "D"
     scene.crew.reacts = {"kill": -9}
-    scene.supervisor.condemn(0, ExitCause.HANG, "no progress")
+    scene.supervisor.running(0).condemn(ExitCause.HANG, "no progress")
     while len(scene.crew.launches) < 2:
         await turn()
     (incident,) = scene.supervisor.incidents
@@ -907,11 +900,10 @@ async def test_a_condemned_process_that_cannot_be_killed_is_abandoned(scene):
 
 
 async def test_a_sentence_on_the_dead_changes_nothing(scene):
-    """A process that has ended by itself is judged by its own end; unknown slots are ignored."""
+    """A process that has ended by itself is judged by its own end."""
     await scene.start()
     scene.handle().exit(7)
-    scene.supervisor.condemn(0, ExitCause.HANG, "too late")
-    scene.supervisor.condemn(5, ExitCause.HANG, "nobody")
+    scene.supervisor.running(0).condemn(ExitCause.HANG, "too late")
     await turn()
     assert [one.cause for one in scene.supervisor.incidents] == [ExitCause.EXIT]
     await scene.stop()
@@ -921,7 +913,7 @@ async def test_a_doubted_process_that_is_dying_dies_its_own_death(scene, monkeyp
     """The end of a queue shortly before the end of the process is not held against it."""
     monkeypatch.setattr(incarnation, "_DYING_TIME", 0.001)
     await scene.start()
-    scene.supervisor.doubt(0, "a queue has ended")
+    scene.supervisor.running(0).suspect_dying("a queue has ended")
     scene.handle().exit(-11)
     await turn()
     successor = scene.handle()
@@ -936,8 +928,7 @@ async def test_a_doubted_process_that_is_dying_dies_its_own_death(scene, monkeyp
 async def test_a_doubted_process_that_lives_on_is_killed(scene):
     """A process without its queues is not left half dead."""
     await scene.start()
-    scene.supervisor.doubt(0, "a queue has ended")
-    scene.supervisor.doubt(5, "nobody")
+    scene.supervisor.running(0).suspect_dying("a queue has ended")
     while not scene.supervisor.incidents:
         await turn()
     (incident,) = scene.supervisor.incidents

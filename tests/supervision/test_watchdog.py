@@ -25,10 +25,12 @@ class Watched:
         self.since = 0.0
         self.deadline = DEADLINE
         self.looks = 0
+        self.looked: list[float] = []
         self.suspected: list[float] = []
         self.hung: list[float] = []
         self.watchdog = Watchdog(
             self.observe,
+            on_look=self.looked.append,
             on_suspect=self.suspected.append,
             on_hung=self.hung.append,
             clock=time,
@@ -60,7 +62,9 @@ def watched(time: FakeTime) -> Watched:
 @pytest.mark.parametrize(
     ("stale", "expected"),
     [
-        (0.0, Staleness(0.0, False, False, 5.0)),
+        (0.0, Staleness(0.0, False, False, 1.0)),
+        (1.0, Staleness(1.0, False, False, 1.0)),
+        (1.5, Staleness(1.5, False, False, 1.5)),
         (4.0, Staleness(4.0, False, False, 1.0)),
         (5.0, Staleness(5.0, True, False, 5.0)),
         (9.0, Staleness(9.0, True, False, 1.0)),
@@ -70,7 +74,7 @@ def watched(time: FakeTime) -> Watched:
     ],
 )
 def test_a_judgement(stale, expected):
-    """Half of the deadline makes a worker suspect, all of it hung; the next look is then."""
+    """Half of the deadline makes a worker suspect, all of it hung; looks come at 1, 2, 4 … too."""
     found = judge(since=100.0, now=100.0 + stale, deadline=DEADLINE, lag=0.0)
     assert found == pytest.approx(expected)
 
@@ -204,8 +208,8 @@ def test_a_worker_that_moved_during_the_suspension_lives(time, watched):
 def test_a_stall_is_found_in_spite_of_a_suspension(time, watched):
     """With the lost time taken out, the worker has one deadline and no more."""
     watched.watchdog.poke()
-    time.suspend(3600.0)
-    time.pass_by(4.99)
+    time.suspend(3600.0)  # the first look, after a second, comes an hour late
+    time.pass_by(8.99)
     assert watched.hung == []
     time.pass_by(0.02)
     assert watched.hung == pytest.approx([10.0], abs=0.01)
@@ -226,7 +230,9 @@ def test_a_new_duty_of_an_idle_worker_begins_a_new_deadline(time, watched):
     time.pass_by(0.1)
     watched.move()
     watched.is_idle = True
+    watched.owes = False
     time.pass_by(4.8)
+    watched.owes = True
     watched.watchdog.poke()
     time.pass_by(9.99)
     assert watched.hung == []
@@ -312,3 +318,16 @@ def test_closing_ends_the_watch(time, watched):
     assert time.num_timers == 0
     time.pass_by(1e6)
     assert watched.suspected == watched.hung == []
+
+
+def test_a_worker_that_stands_still_is_looked_at_soon(time, watched):
+    """After one second, two, four … of a stall, so that a stopped process is noticed early."""
+    watched.deadline = 300.0
+    watched.watchdog.poke()
+    time.pass_by(149.0)
+    assert watched.looked == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0])
+    assert watched.suspected == []
+    watched.move()
+    time.pass_by(3.5)
+    assert len(watched.looked) <= 10
+    assert watched.looked[-1] <= 3.5

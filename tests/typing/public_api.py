@@ -98,6 +98,16 @@ class CoroutineLearner:
         return {}
 
 
+class AllCoroutineLearner:
+    """Learns and gives its weights on the event loop."""
+
+    async def learn(self, batches: Sequence[ExperienceBatch]) -> dict[str, Any]:
+        return {"loss": torch.zeros(1), "note": "text"}
+
+    async def state_dict(self) -> Mapping[str, torch.Tensor]:
+        return {}
+
+
 class Counting:
     """An observer of the user's own."""
 
@@ -126,7 +136,7 @@ def values() -> None:
 
 def roles() -> None:
     """Learners and observers are recognised by their methods alone."""
-    learners: list[Learner] = [PlainLearner(), CoroutineLearner()]
+    learners: list[Learner] = [PlainLearner(), CoroutineLearner(), AllCoroutineLearner()]
     observers: list[Observer] = [Counting(), LogObserver(), RichProgress(), ObserverSet()]
     manager = ParallelManager(
         partial(PlainWorker, size=8), learner=learners[0], observers=observers, config={"seed": 1}
@@ -158,5 +168,7 @@ async def pool(manager: ParallelManager, model: torch.nn.Module) -> None:
         await manager.scale(4)
         async for event in manager.events():
             assert_type(event, Event)
-    assert_type(await manager.run(max_steps=1000, max_seconds=60), RunReport)
+    report = await manager.run(max_steps=1000, max_seconds=60)
+    assert_type(report, RunReport)
+    assert_type(report.metrics, Mapping[str, Any])
     manager.request_stop()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from keisei.backends.base import Backend
+from keisei.exceptions import WorkerLost
 from keisei.testing.conformance.baseline import Baseline, turn
 from keisei.testing.conformance.checking import LIMIT, checked, require, require_equal
 from keisei.testing.conformance.pool import run_pool
@@ -122,21 +123,21 @@ async def check_start_that_fails(backend: Backend) -> None:
     async with Stage(backend) as stage:
         await (await stage.start()).call(os.getpid)  # what is made once, such as a server, is there
         for number in range(_MOST_DESCRIPTORS):
-            channel, endpoints = stage.prepare()
+            line, endpoints = stage.prepare()
             before = Baseline()
             handle = None
             with _descriptors_left(number):
                 try:
                     handle = await backend.start(endpoints, "puppet")
                 except OSError:
-                    channel.read_last_words()
+                    await line.read_to_the_end()
             if handle is not None:
-                actor = stage.add(handle, channel)
+                actor = stage.add(handle, line)
                 handle.kill()
                 await actor.ended(-signal.SIGKILL, "kill()")
                 return
-            await wait_ended(channel)
-            channel.close()
+            await wait_ended(line)
+            line.lose(WorkerLost("the check is over"))
             await before.require_nothing_left()
         raise AssertionError(f"a start fails with {_MOST_DESCRIPTORS} descriptors left")
 
@@ -168,15 +169,15 @@ async def check_start_that_is_cancelled(backend: Backend) -> None:
     async with Stage(backend) as stage:
         await (await stage.start()).call(os.getpid)  # what is made once, such as a server, is there
         for turns in (0, 1, 2, 5, 20):
-            channel, endpoints = stage.prepare()
+            line, endpoints = stage.prepare()
             starting = asyncio.ensure_future(backend.start(endpoints, "puppet"))
             await turn(turns)
             starting.cancel()
             await asyncio.wait([starting])
             if not starting.cancelled():  # it was done before
-                stage.add(starting.result(), channel).handle.kill()
+                stage.add(starting.result(), line).handle.kill()
             elif turns:
-                await wait_ended(channel)
+                await wait_ended(line)
             else:
                 endpoints.close()  # it never began
 
@@ -188,7 +189,7 @@ async def check_abort_of_starts(backend: Backend) -> None:
         before = Baseline()
         backend.abort_starts()
         await before.wait_quiet()
-        channel, endpoints = stage.prepare()
+        line, endpoints = stage.prepare()
         starting = asyncio.ensure_future(backend.start(endpoints, "puppet"))
         await turn(1)
         backend.abort_starts()
@@ -201,7 +202,7 @@ async def check_abort_of_starts(backend: Backend) -> None:
             handle.close()
         elif not isinstance(error, OSError):
             raise AssertionError("a start that was aborted raises no OSError") from error
-        await wait_ended(channel)
+        await wait_ended(line)
         await before.wait_quiet()
         actor = await stage.start()
         require_equal(await actor.call(max, 3, 4), 4, "the answer of a worker after an abort")
@@ -236,7 +237,7 @@ async def check_abort_of_a_start_that_hangs(
         async def check_abort_of_a_start_that_hangs(backend: Backend) -> None:
             """``abort_starts`` ends a start that does not get on, and whoever holds it up."""
             async with Stage(backend) as stage:
-                channel, endpoints = stage.prepare()
+                line, endpoints = stage.prepare()
                 starting = asyncio.ensure_future(backend.start(endpoints, "puppet"))
                 try:
                     visitor = await gate.visitor()
@@ -248,7 +249,7 @@ async def check_abort_of_a_start_that_hangs(
                         raise AssertionError("the aborted start raises no OSError") from error
                     await visitor.gone()
                     visitor.release()
-                    await wait_ended(channel)
+                    await wait_ended(line)
                 finally:
                     starting.cancel()
 

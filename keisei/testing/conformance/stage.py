@@ -15,12 +15,13 @@ from keisei.exceptions import QueueEnded, QueueError, WorkerLost
 from keisei.ipc import serialize
 from keisei.protocol import messages
 from keisei.protocol.endpoints import WorkerEndpoints
-from keisei.supervision.exits import LastWords
+from keisei.protocol.last_words import LastWords
+from keisei.protocol.line import Line
+from keisei.protocol.receiver import QuietOwner
 from keisei.supervision.process import ProcessHandle
 from keisei.testing.conformance.baseline import turn
 from keisei.testing.conformance.checking import require, require_equal
 from keisei.testing.puppet import Puppet
-from keisei.training.parallel.channel import Channel, Listener
 
 _PATIENCE_WITH_THE_BROKEN = 1.0
 """Seconds that ending the workers may take once a check has failed."""
@@ -29,9 +30,9 @@ _PATIENCE_WITH_THE_BROKEN = 1.0
 class Actor:
     """A puppet that was started: its process, and the application's ends of its queues."""
 
-    def __init__(self, handle: ProcessHandle, channel: Channel, numbers: itertools.count[int]):
+    def __init__(self, handle: ProcessHandle, line: Line, numbers: itertools.count[int]):
         self.handle = handle
-        self.channel = channel
+        self.line = line
         self._numbers = numbers
 
     async def call(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -42,7 +43,7 @@ class Actor:
         """
         command = self._command(function, args)
         asking = asyncio.ensure_future(
-            self.channel.request(command.sequence, command.name, command, timeout=3600.0)
+            self.line.ask(command.sequence, command.name, messages.pack(command), timeout=3600.0)
         )
         ending = asyncio.ensure_future(self.handle.wait())
         both: set[asyncio.Future[Any]] = {asking, ending}
@@ -59,7 +60,7 @@ class Actor:
 
     def tell(self, function: Callable[..., Any], *args: Any) -> None:
         """Have the worker call ``function``, which ends it."""
-        self.channel.send(self._command(function, args))
+        self.line.send(self._command(function, args))
 
     def _command(self, function: Callable[..., Any], args: tuple[Any, ...]) -> messages.Command:
         payload = serialize.dumps((function, *args))
@@ -67,7 +68,7 @@ class Actor:
 
     def stop(self) -> None:
         """Ask the worker for an orderly end."""
-        self.channel.send(messages.Stop())
+        self.line.send(messages.Stop())
 
     async def ended(self, code: int | None, after: str) -> LastWords:
         """Wait for the end, hold that everything tells the same about it, and read the queues.
@@ -84,9 +85,10 @@ class Actor:
             again.cancel()
             raise AssertionError(f"wait() has returned after {after}, and waits when called again")
         require_equal(again.result(), code, f"the exit code asked again after {after}")
-        words = self.channel.read_last_words()
+        await self.line.read_to_the_end()
+        words = self.line.last_words()
         for name in ("reply", "experience"):
-            reader = getattr(self.channel, name).reader
+            reader = getattr(self.line, name)
             require(
                 reader.ended is not None,
                 f"the worker has ended, its {name} queue has not: somebody else holds its end",
@@ -97,8 +99,14 @@ class Actor:
     def _require_deaf(self, words: LastWords) -> None:
         """Hold that nobody else holds the worker's ends of the queues to it."""
         for name, send in (
-            ("control", functools.partial(self.channel.send, messages.Resume())),
-            ("model", functools.partial(self.channel.announce, messages.Announcement(1, False))),
+            ("control", functools.partial(self.line.send, messages.Resume())),
+            (
+                "model",
+                functools.partial(
+                    self.line.model.put_nowait,
+                    messages.pack(messages.Announcement(1, False)),
+                ),
+            ),
         ):
             try:
                 send()
@@ -129,7 +137,7 @@ class Stage:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self._numbers = itertools.count(1)
-        self._channels: list[Channel] = []
+        self._lines: list[Line] = []
         self._handles: list[ProcessHandle] = []
 
     async def __aenter__(self) -> Self:
@@ -154,22 +162,22 @@ class Stage:
         """Kill and wait, one after the other, then close; an error keeps none from being ended."""
         async with contextlib.AsyncExitStack() as closing:
             closing.push_async_callback(self.backend.aclose)
-            for channel in self._channels:
-                lost = WorkerLost("the check is over", channel.worker_id)
-                closing.callback(channel.lose, lost)
+            for line in self._lines:
+                lost = WorkerLost("the check is over", line.worker_id)
+                closing.callback(line.lose, lost)
             for handle in self._handles:
                 closing.callback(handle.close)
             for handle in self._handles:
                 closing.push_async_callback(handle.wait)
                 closing.callback(handle.kill)
 
-    def prepare(self, worker_id: int = 0) -> tuple[Channel, WorkerEndpoints]:
+    def prepare(self, worker_id: int = 0) -> tuple[Line, WorkerEndpoints]:
         """Make fresh queues, in which all that a puppet needs to begin is waiting for it."""
-        channel = Channel(worker_id, 0, max_queue_size=1)
-        self._channels.append(channel)
-        endpoints = channel.endpoints()
-        channel.listen(Listener(_ignore, _ignore, _ignore))
-        channel.send(
+        line = Line(worker_id, 0, max_queue_size=1)
+        self._lines.append(line)
+        endpoints = line.endpoints()
+        line.listen(QuietOwner())
+        line.send(
             messages.Hello(
                 factory=FACTORY,
                 worker_id=worker_id,
@@ -185,32 +193,27 @@ class Stage:
                 max_rss=None,
             )
         )
-        return channel, endpoints
+        return line, endpoints
 
     async def start(self, worker_id: int = 0) -> Actor:
         """Start a puppet on fresh queues."""
-        channel, endpoints = self.prepare(worker_id)
-        return self.add(await self.backend.start(endpoints, f"puppet-{worker_id}"), channel)
+        line, endpoints = self.prepare(worker_id)
+        return self.add(await self.backend.start(endpoints, f"puppet-{worker_id}"), line)
 
-    def add(self, handle: ProcessHandle, channel: Channel) -> Actor:
+    def add(self, handle: ProcessHandle, line: Line) -> Actor:
         """Take over what was started; it is ended and closed with the stage."""
         self._handles.append(handle)
-        return Actor(handle, channel, self._numbers)
-
-
-def _ignore(*what: object) -> None:
-    """Hear, and do nothing."""
+        return Actor(handle, line, self._numbers)
 
 
 FACTORY = serialize.dumps(Puppet)
 """What makes the worker of all checks, pickled: for backends that ask for it beforehand."""
 
 
-async def wait_ended(channel: Channel) -> None:
+async def wait_ended(line: Line) -> None:
     """Wait until nobody holds the worker's end of its reply queue any more."""
-    reader = channel.reply.reader
-    while reader is not None:
+    while True:
         try:
-            await reader.get()
+            await line.reply.get()
         except QueueError:
             return

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from keisei.naming import public
+from keisei.protocol.batches import PendingBatch
+
 if TYPE_CHECKING:
     import torch
 
 
+@public
 @dataclass(slots=True, eq=False, repr=False)
 class ExperienceBatch:
     """Named tensors that one ``collect`` of one worker returned.
@@ -40,6 +44,22 @@ class ExperienceBatch:
     weights_version: int = 0
     staleness: int = 0
     seed: int = 0
+
+    @classmethod
+    def of(cls, pending: PendingBatch, newest_version: int) -> ExperienceBatch:
+        """Wrap the shared memory of what has arrived as tensors, which own the memory too."""
+        (worker_id, incarnation, memory, views, info, num_steps, sequence, version, seed) = pending
+        return cls(
+            views.on(memory),
+            info,
+            num_steps,
+            worker_id,
+            incarnation,
+            sequence,
+            version,
+            max(0, newest_version - version),
+            seed,
+        )
 
     def release(self) -> None:
         """Drop this batch's tensors; ``data`` is empty afterwards.

@@ -1,39 +1,27 @@
-"""WorkerCommunicator: every worker's private queues and the weights that all of them share."""
+"""WorkerCommunicator: the lines of all slots, and the weights that all workers share."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from keisei.exceptions import (
-    CommandTimeout,
-    QueueClosed,
-    QueueEnded,
-    QueueTimeout,
-    QueueWouldBlock,
-    WeightsError,
-    WorkerError,
-    WorkerLost,
-)
+from keisei.exceptions import QueueTimeout, WorkerError, WorkerLost
 from keisei.ipc import serialize
-from keisei.ipc.layout import Layout, describe
-from keisei.ipc.queues import AsyncQueue
-from keisei.ipc.weights import HasStateDict, WeightsPublisher, tensors_of
+from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_writer import FrameWriter
+from keisei.ipc.threads import to_the_end
+from keisei.naming import public
 from keisei.protocol import messages
+from keisei.protocol.batches import PendingBatch
 from keisei.protocol.endpoints import WorkerEndpoints
+from keisei.protocol.line import Line
+from keisei.protocol.receiver import QuietOwner
 from keisei.training.parallel.batch import ExperienceBatch
-from keisei.training.parallel.channel import Arrival, Channel, Listener
-
-if TYPE_CHECKING:
-    import torch
-
-T = TypeVar("T")
-_QUICK_COPY = 1 << 22
-"""Bytes that are copied in the event loop: in less time than a thread takes, or not much more."""
+from keisei.training.parallel.model_sync import ModelSynchronizer
+from keisei.training.parallel.weights_source import WeightsSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,60 +43,73 @@ class QueueInfo:
     control_queue_sizes: tuple[int, ...]
 
 
+@public
 class WorkerCommunicator:
-    """The pool's queues: a set for each slot, made anew for each process in it.
+    """The pool's queues: a line for each slot, made anew for each process in it.
 
-    A manager makes one for itself. Alone it serves tests and applications that run their own
-    processes: give ``endpoints(worker_id)`` to a ``WorkerRuntime`` there.
+    A manager makes one for itself. Alone it serves applications that run their own processes:
+    give ``endpoints(worker_id)`` to a worker's process there.
+
+    Attributes:
+        max_queue_size: Experiences per worker that may wait for the learner.
+        timeout: Default deadline of commands and weights, in seconds.
+        lines: The line of each slot's present process, by worker id.
+        synchronizer: Owns the weights.
     """
 
-    def __init__(self, num_workers: int, *, max_queue_size: int = 4, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        max_queue_size: int = 4,
+        timeout: float = 30.0,
+        lines: Mapping[int, Line] | None = None,
+        synchronizer: ModelSynchronizer | None = None,
+    ) -> None:
         """Make the queues of ``num_workers`` slots.
 
         Args:
             num_workers: Slots.
             max_queue_size: Experiences per worker that may wait for the learner.
             timeout: Default deadline of commands and weights, in seconds.
+            lines: The lines of a pool that makes them by itself, always as they are now;
+                ``None`` makes ``num_workers`` lines here.
+            synchronizer: Owns the weights of that pool; ``None`` makes one.
         """
         self.max_queue_size = max_queue_size
         self.timeout = timeout
         self._sequence = itertools.count(1)
-        self._publisher: WeightsPublisher | None = None
-        self._publishing = asyncio.Lock()
-        self._arrivals: list[Arrival] = []
+        self._arrivals: list[PendingBatch] = []
         self._arrived = asyncio.Event()
-        self._listener = Listener(self._keep, _ignore, _ignore)
-        self.channels: dict[int, Channel] = {
-            worker_id: Channel(worker_id, 0, max_queue_size) for worker_id in range(num_workers)
-        }
+        self._own: dict[int, Line] = {}
+        self.lines: Mapping[int, Line] = self._own if lines is None else lines
+        self.synchronizer = synchronizer or ModelSynchronizer(lines=self.lines)
+        for worker_id in range(num_workers):
+            self._own[worker_id] = self._line(worker_id, 0)
 
     # the queues
 
     @property
     def num_workers(self) -> int:
-        """Slots."""
-        return len(self.channels)
+        """Slots that have a line."""
+        return len(self.lines)
 
     @property
-    def experience_queues(self) -> list[AsyncQueue[Any]]:
-        """Frames about experiences, from each worker."""
-        return [self.channels[key].experience for key in sorted(self.channels)]
+    def experience_queues(self) -> list[FrameReader]:
+        """The receiving ends for frames about experiences, one for each worker."""
+        return [self.lines[key].experience for key in sorted(self.lines)]
 
     @property
-    def model_queues(self) -> list[AsyncQueue[Any]]:
-        """Announcements of weights, to each worker."""
-        return [self.channels[key].model for key in sorted(self.channels)]
+    def model_queues(self) -> list[FrameWriter]:
+        """The sending ends for announcements of weights, one for each worker."""
+        return [self.lines[key].model for key in sorted(self.lines)]
 
     @property
-    def control_queues(self) -> list[AsyncQueue[Any]]:
-        """Commands, to each worker."""
-        return [self.channels[key].control for key in sorted(self.channels)]
+    def control_queues(self) -> list[FrameWriter]:
+        """The sending ends for commands, one for each worker."""
+        return [self.lines[key].control for key in sorted(self.lines)]
 
-    def use(self, listener: Listener) -> None:
-        """Hand arrivals and readiness to ``listener`` instead of ``collect_experiences``."""
-        self._listener = listener
-
-    def renew(self, worker_id: int, incarnation: int | None = None) -> Channel:
+    def renew(self, worker_id: int, incarnation: int | None = None) -> Line:
         """Give a slot fresh queues, for its next process; nothing of the old ones remains.
 
         Whoever still waits for the old process gets ``WorkerLost``.
@@ -116,37 +117,35 @@ class WorkerCommunicator:
         Args:
             worker_id: The slot, which may be a new one.
             incarnation: The number of the process; ``None`` counts on.
+
+        Raises:
+            OSError: There are no descriptors left; the slot keeps its old queues.
         """
-        old = self.channels.get(worker_id)
-        if old is not None:
-            old.lose(self._lost(old, "its queues were renewed"))
+        old = self._own.get(worker_id)
         if incarnation is None:
             incarnation = old.incarnation + 1 if old is not None else 0
-        self.channels[worker_id] = Channel(worker_id, incarnation, self.max_queue_size)
-        return self.channels[worker_id]
+        line = self._line(worker_id, incarnation)
+        if old is not None:
+            old.lose(_lost(old, "its queues were renewed"))
+        self._own[worker_id] = line
+        return line
 
     def remove(self, worker_id: int) -> None:
         """Close a slot's queues for good."""
-        channel = self.channels.pop(worker_id, None)
-        if channel is not None:
-            channel.lose(self._lost(channel, "its slot was removed"))
+        line = self._own.pop(worker_id, None)
+        if line is not None:
+            line.lose(_lost(line, "its slot was removed"))
 
     def endpoints(self, worker_id: int) -> WorkerEndpoints:
         """Take out the worker's ends of its queues, once, and begin to listen to it."""
-        channel = self.channels[worker_id]
-        ends = channel.endpoints()
-        channel.listen(self._listener)
-        if self._publisher is not None:
-            channel.announce(messages.Arena(self._publisher.layout), self._publisher.fd)
+        line = self.lines[worker_id]
+        ends = line.endpoints()
+        line.listen(_Owner(self._keep))
+        self.synchronizer.introduce(line)
         return ends
 
-    @staticmethod
-    def _lost(channel: Channel, why: str) -> WorkerLost:
-        return WorkerLost(
-            f"worker {channel.worker_id} (incarnation {channel.incarnation}) is gone: {why}",
-            channel.worker_id,
-            channel.incarnation,
-        )
+    def _line(self, worker_id: int, incarnation: int) -> Line:
+        return Line(worker_id, incarnation, self.max_queue_size)
 
     # commands
 
@@ -173,67 +172,59 @@ class WorkerCommunicator:
             WorkerLost: A worker died before it answered.
             CommandTimeout: A worker did not answer in time.
         """
-        channels = self._chosen(worker_ids)  # now: a successor was not asked
-        payload = await self._pickled(data, f"the data of command {command!r}")
-        sequence = next(self._sequence)
-        message = messages.Command(sequence, command, payload)
-        return await self._request(channels, sequence, command, message, timeout)
-
-    @staticmethod
-    async def _pickled(data: Any, what: str) -> bytes:
+        lines = self._chosen(worker_ids)  # now: a successor was not asked
+        what = f"the data of command {command!r}"
         if serialize.estimated_size(data) > serialize.LARGE:
-            return await asyncio.to_thread(serialize.dumps, data, what)
-        return serialize.dumps(data, what)
+            payload = await to_the_end(lambda: serialize.dumps(data, what))
+        else:
+            payload = serialize.dumps(data, what)
+        message = messages.Command(next(self._sequence), command, payload)
+        return await self._request(lines, message.sequence, command, message, timeout)
 
-    async def pause(self, worker_ids: Iterable[int], timeout: float | None = None) -> None:
+    async def pause(
+        self, worker_ids: Iterable[int] | None = None, timeout: float | None = None
+    ) -> None:
         """Return when the workers stand still; errors as in ``send_control_command``."""
-        sequence = next(self._sequence)
-        channels = self._chosen(worker_ids)
-        await self._request(channels, sequence, "pause", messages.Pause(sequence), timeout)
+        message = messages.Pause(next(self._sequence))
+        lines = self._chosen(worker_ids)
+        await self._request(lines, message.sequence, "pause", message, timeout)
 
-    def _chosen(self, worker_ids: Iterable[int] | None) -> dict[int, Channel]:
-        """Return the processes that are there now."""
-        chosen = sorted(self.channels) if worker_ids is None else list(dict.fromkeys(worker_ids))
-        unknown = [worker_id for worker_id in chosen if worker_id not in self.channels]
+    def _chosen(self, worker_ids: Iterable[int] | None) -> dict[int, Line]:
+        """Return the lines of the processes that are there now."""
+        chosen = sorted(self.lines) if worker_ids is None else list(dict.fromkeys(worker_ids))
+        unknown = [worker_id for worker_id in chosen if worker_id not in self.lines]
         if unknown:
-            raise ValueError(f"no such worker: {unknown}; there are {sorted(self.channels)}")
-        return {worker_id: self.channels[worker_id] for worker_id in chosen}
+            raise ValueError(f"no such worker: {unknown}; there are {sorted(self.lines)}")
+        return {worker_id: self.lines[worker_id] for worker_id in chosen}
 
     async def _request(
         self,
-        channels: Mapping[int, Channel],
+        lines: Mapping[int, Line],
         sequence: int,
         name: str,
         message: Any,
         timeout: float | None,
     ) -> dict[int, Any]:
-        """Send one frame to several workers and gather their answers."""
+        """Send one frame, packed once, to several workers and gather their answers."""
         limit = self.timeout if timeout is None else timeout
-
-        def ask(channel: Channel) -> Coroutine[Any, Any, Any]:
-            return channel.request(sequence, name, message, limit)
-
-        if len(channels) == 1:
-            ((worker_id, channel),) = channels.items()
-            return {worker_id: await ask(channel)}
-        answers = await asyncio.gather(*map(ask, channels.values()), return_exceptions=True)
-        return _replies(dict(zip(channels, answers, strict=True)))
+        frame = messages.pack(message)
+        if len(lines) == 1:
+            ((worker_id, line),) = lines.items()
+            return {worker_id: await line.ask(sequence, name, frame, limit)}
+        asking = [line.ask(sequence, name, frame, limit) for line in lines.values()]
+        answers = await asyncio.gather(*asking, return_exceptions=True)
+        return _replies(dict(zip(lines, answers, strict=True)))
 
     # weights
 
     @property
     def weights_version(self) -> int:
         """The newest version; 0 is none."""
-        return self._publisher.version if self._publisher is not None else 0
-
-    @property
-    def weights_nbytes(self) -> int:
-        """Bytes of one version's tensors; 0 before the first."""
-        return self._publisher.num_bytes if self._publisher is not None else 0
+        return self.synchronizer.version
 
     async def send_model_weights(
         self,
-        weights: HasStateDict | Mapping[str, torch.Tensor],
+        weights: WeightsSource,
         *,
         wait: bool = False,
         worker_ids: Iterable[int] | None = None,
@@ -245,104 +236,25 @@ class WorkerCommunicator:
         before its next experience. When cancelled, the version is either published or not.
 
         Args:
-            weights: A module, or a state dict with dense tensors on any device.
+            weights: A module, a state dict with dense tensors on any device, or a snapshot.
             wait: Also wait until workers have applied this version or a newer one.
             worker_ids: For whom to wait; ``None`` for all that live.
             timeout: Seconds for the wait; ``None`` takes the communicator's.
 
         Raises:
-            WeightsError: Keys, shapes or dtypes differ from those of the first weights.
+            WeightsError: Keys, shapes or dtypes differ from those of the first weights, or a
+                worker has nothing to load them into.
             CommandTimeout: A worker has not applied the version in time; it is published.
         """
-        tensors = tensors_of(weights)
-        async with self._publishing:
-            publisher = self._publisher
-            if publisher is None:
-                publisher = self._publisher = await self._made(describe(tensors))
-                for channel in self.channels.values():
-                    self._announce(channel, messages.Arena(publisher.layout), publisher.fd)
-            else:
-                publisher.check(tensors)
-            publish = functools.partial(publisher.publish, tensors)
-            version = await _aside(publisher.layout.nbytes, publish, at_once=_QUICK_COPY)
+        version = await self.synchronizer.push(weights)
         if wait:
-            await self.wait_applied(version, worker_ids, timeout)
+            limit = self.timeout if timeout is None else timeout
+            await self.synchronizer.wait_applied(version, worker_ids, timeout=limit)
         return version
-
-    @staticmethod
-    async def _made(layout: Layout) -> WeightsPublisher:
-        made: list[WeightsPublisher] = []
-        try:
-            await _aside(layout.nbytes, lambda: made.append(WeightsPublisher(layout)))
-        except asyncio.CancelledError:
-            for publisher in made:
-                publisher.close()
-            raise
-        return made[0]
-
-    def publish_at_once(self, weights: dict[str, torch.Tensor]) -> int | None:
-        """Publish weights if that takes no more than a moment; else return ``None``.
-
-        The first ones need memory, large ones a thread.
-
-        Raises:
-            WeightsError: Keys, shapes or dtypes differ from those of the first weights.
-        """
-        publisher = self._publisher
-        is_quick = publisher is not None and publisher.layout.nbytes <= _QUICK_COPY
-        if publisher is None or not is_quick or self._publishing.locked():
-            return None
-        publisher.check(weights)
-        return publisher.publish(weights)
-
-    def revert_weights(self) -> int:
-        """Publish the weights before the newest again, as a new version, which is returned."""
-        if self._publisher is None or self._publisher.version <= 1:
-            raise WeightsError("there are no weights before these")
-        return self._publisher.revert()
-
-    async def wait_applied(
-        self, version: int, worker_ids: Iterable[int] | None = None, timeout: float | None = None
-    ) -> None:
-        """Wait until workers have taken ``version`` or a newer one; the dead are left out.
-
-        Raises:
-            CommandTimeout: A worker has not done so in time.
-        """
-        chosen = sorted(self.channels) if worker_ids is None else list(worker_ids)
-        limit = self.timeout if timeout is None else timeout
-
-        expected: dict[asyncio.Future[int], Channel] = {}
-        for channel in [self.channels[worker_id] for worker_id in chosen]:
-            expected[channel.expect_applied(version)] = channel
-            self._announce(channel, messages.Announcement(version, acknowledge=True))
-        if not expected:
-            return
-        try:
-            _, late = await asyncio.wait(expected, timeout=limit)
-        finally:
-            for applied in expected:
-                applied.cancel()
-        for applied, channel in expected.items():
-            if applied in late:
-                raise CommandTimeout(
-                    f"worker {channel.worker_id} has not applied weights version {version} within "
-                    f"{limit:g} s; it is in {channel.phase.name.lower()}",
-                    channel.worker_id,
-                    channel.incarnation,
-                )
-            applied.exception()  # of a worker that was lost: its successor takes the newest
-
-    @staticmethod
-    def _announce(channel: Channel, message: Any, fd: int | None = None) -> None:
-        try:
-            channel.announce(message, fd)
-        except (QueueWouldBlock, QueueEnded, QueueClosed):
-            return  # it is dying, or has not read 200 announcements: the newest is owed anyway
 
     # experiences, where no manager takes them
 
-    def _keep(self, arrival: Arrival) -> None:
+    def _keep(self, arrival: PendingBatch) -> None:
         self._arrivals.append(arrival)
         self._arrived.set()
 
@@ -361,9 +273,9 @@ class WorkerCommunicator:
         Raises:
             QueueTimeout: Nothing arrived in time.
         """
-        for channel in self.channels.values():
-            waiting = sum(arrival.channel is channel for arrival in self._arrivals)
-            channel.grant(self.max_queue_size - channel.outstanding - waiting)
+        for worker_id, line in self.lines.items():
+            waiting = self._num_kept_of(worker_id)
+            line.grant(self.max_queue_size - line.outstanding - waiting)
         limit = self.timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
@@ -374,55 +286,65 @@ class WorkerCommunicator:
             raise QueueTimeout(f"no experience arrived within {limit:g} s") from None
         count = len(self._arrivals) if max_batches is None else max_batches
         taken, self._arrivals = self._arrivals[:count], self._arrivals[count:]
-        return [arrival.open(self.weights_version) for arrival in taken]
+        return [ExperienceBatch.of(arrival, self.weights_version) for arrival in taken]
 
     # all of them
 
-    def get_queue_info(self, num_queued_of: Callable[[int], int] | None = None) -> QueueInfo:
+    def get_queue_info(
+        self,
+        worker_ids: Iterable[int] | None = None,
+        num_queued_of: Callable[[int], int] | None = None,
+    ) -> QueueInfo:
         """Return how many frames wait in each queue.
 
         Args:
+            worker_ids: The slots; ``None`` takes those that have a line. A slot between two
+                processes has no queue in which anything could wait.
             num_queued_of: Tells how many experiences of a worker wait, where a manager takes
                 them instead of ``collect_experiences``.
         """
+        slots = sorted(self.lines if worker_ids is None else worker_ids)
         queued = num_queued_of or self._num_kept_of
+        lines = [self.lines.get(worker_id) for worker_id in slots]
         return QueueInfo(
-            num_workers=self.num_workers,
+            num_workers=len(slots),
             max_queue_size=self.max_queue_size,
-            experience_queue_sizes=tuple(queued(key) for key in sorted(self.channels)),
-            model_queue_sizes=tuple(queue.qsize() for queue in self.model_queues),
-            control_queue_sizes=tuple(queue.qsize() for queue in self.control_queues),
+            experience_queue_sizes=tuple(queued(worker_id) for worker_id in slots),
+            model_queue_sizes=tuple(line.model.qsize() if line else 0 for line in lines),
+            control_queue_sizes=tuple(line.control.qsize() if line else 0 for line in lines),
         )
 
     def _num_kept_of(self, worker_id: int) -> int:
-        return sum(arrival.channel.worker_id == worker_id for arrival in self._arrivals)
+        return sum(arrival.worker_id == worker_id for arrival in self._arrivals)
 
     async def cleanup(self) -> None:
-        """Close every queue and give the weights' memory back; may be called again.
+        """Close every queue made here and give the weights' memory back; may be called again.
 
         Whoever still waits for a worker gets ``WorkerLost``. Batches stay valid.
         """
         self._arrivals.clear()
-        for channel in self.channels.values():
-            channel.lose(self._lost(channel, "the pool has ended"))
-        if self._publisher is not None:
-            self._publisher.close()
+        for line in self._own.values():
+            line.lose(_lost(line, "the pool has ended"))
+        self.synchronizer.close()
 
 
-async def _aside(nbytes: int, work: Callable[[], T], *, at_once: int = serialize.LARGE) -> T:
-    """Do what moves ``nbytes`` in a thread unless they are few; when cancelled, once it is done."""
-    if nbytes <= at_once:
-        return work()
-    working = asyncio.get_running_loop().run_in_executor(None, work)
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait([working])  # whoever comes next must not meet it
-        raise
+class _Owner(QuietOwner):
+    """Keeps experiences; the application watches its processes by itself."""
+
+    def __init__(self, keep: Callable[[PendingBatch], None]) -> None:
+        self._keep = keep
+
+    def on_batch(self, batch: PendingBatch) -> None:
+        """Keep an experience."""
+        self._keep(batch)
 
 
-def _ignore(*what: object) -> None:
-    """Hear, and do nothing: without a manager nobody restarts a worker."""
+def _lost(line: Line, why: str) -> WorkerLost:
+    return WorkerLost(
+        f"worker {line.worker_id} (incarnation {line.incarnation}) is gone: {why}",
+        line.worker_id,
+        line.incarnation,
+    )
 
 
 def _replies(answers: dict[int, Any]) -> dict[int, Any]:

@@ -11,8 +11,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 from keisei.config import ParallelConfig
+from keisei.protocol.batches import PendingBatch
+from keisei.protocol.line import Line
 from keisei.training.parallel.batch import ExperienceBatch
-from keisei.training.parallel.channel import Arrival, Channel
+from keisei.training.parallel.rounds import Round
 
 
 class Flow:
@@ -27,31 +29,28 @@ class Flow:
     def __init__(
         self,
         config: ParallelConfig,
-        ready: Mapping[int, Channel],
+        ready: Mapping[int, Line],
         newest_version: Callable[[], int],
-        expect_progress: Callable[[int], None],
     ) -> None:
         """Start empty.
 
         Args:
             config: ``mode``, ``max_queue_size``, ``overflow`` and the staleness settings.
             ready: The workers that may be given credits, as they come and go.
-            newest_version: The weights version that staleness counts from.
-            expect_progress: Told the worker id when a worker is given something to do.
+            newest_version: Tells the weights version that staleness counts from.
         """
         self._config = config
         self._ready = ready
         self._newest_version = newest_version
-        self._expect_progress = expect_progress
         is_limited = config.max_staleness is not None
         self._is_pacing = is_limited and config.staleness_policy == "pace"
         self._is_dropping = is_limited and config.staleness_policy == "drop"
-        self._arrivals: deque[Arrival] = deque()
+        self._arrivals: deque[PendingBatch] = deque()
         self._queued: Counter[int] = Counter()
         self._steps_queued = 0
         self._demand = 0
         self._changed = asyncio.Event()
-        self._round: dict[int, Arrival | None] | None = None
+        self._round: Round | None = None
         self._rounds_held = 0
         self._wanted: list[int | None] = []
         self._newest = 0
@@ -63,11 +62,11 @@ class Flow:
 
     # what happens
 
-    def arrived(self, arrival: Arrival) -> None:
-        """Take in what a worker has committed."""
-        worker_id = arrival.channel.worker_id
-        if self._round is not None and worker_id in self._round:
-            self._round[worker_id] = arrival
+    def arrived(self, arrival: PendingBatch) -> None:
+        """Take in an experience that a worker has committed."""
+        worker_id = arrival.worker_id
+        if self._round is not None and self._round.has(worker_id):
+            self._round.put(arrival)
             self._end_round_if_complete()
             self._changed.set()
             return
@@ -83,24 +82,24 @@ class Flow:
         if any(self._has(num_steps) for num_steps in self._wanted):
             self._changed.set()
 
-    def became_ready(self, channel: Channel) -> None:
+    def became_ready(self, line: Line) -> None:
         """Give a new process its credits."""
         if self._round is not None:
-            if self._round.get(channel.worker_id, ...) is None:
-                self._grant(channel, 1)
+            if self._round.awaits(line.worker_id):
+                line.grant(1)
         else:
             self.top_up()
         self._changed.set()
 
     def closed(self, worker_id: int) -> None:
         """Expect nothing more of a slot."""
-        if self._round is not None and self._round.get(worker_id, ...) is None:
-            del self._round[worker_id]
+        if self._round is not None and self._round.awaits(worker_id):
+            self._round.leave_out(worker_id)
             self._end_round_if_complete()
         self._changed.set()
 
     def pushed(self) -> None:
-        """Hear that a weights version was published."""
+        """Called after a weights version was published."""
         self._per_version = max(1, self._delivered_since_push)
         self._delivered_since_push = 0
         if self._is_pacing:
@@ -116,29 +115,32 @@ class Flow:
         """Grant the credits that the async mode allows now."""
         if self._config.mode != "async":
             return
-        for channel in self._ready.values():
-            self._grant(channel, self._room_of(channel))
+        for line in self._ready.values():
+            line.grant(self._room_of(line))
 
     def _top_up_one(self, worker_id: int) -> None:
-        """Grant what one worker's arrival or delivery allows; all, where it concerns all."""
+        """Grant what a worker's arrival or delivery allows.
+
+        When pacing, that concerns every worker's credits.
+        """
         if self._is_pacing:
             self.top_up()
-        elif self._config.mode == "async" and (channel := self._ready.get(worker_id)) is not None:
-            room = self._room_of(channel)
+        elif self._config.mode == "async" and (line := self._ready.get(worker_id)) is not None:
+            room = self._room_of(line)
             # While a worker has work for a while, room is told in twos and more: each telling
             # costs a system call and may wake the worker up.
-            if channel.outstanding == 0 or 2 * room >= self._config.max_queue_size:
-                self._grant(channel, room)
+            if line.outstanding == 0 or 2 * room >= self._config.max_queue_size:
+                line.grant(room)
 
-    def _room_of(self, channel: Channel) -> int:
+    def _room_of(self, line: Line) -> int:
         """Return how many more experiences a worker may collect."""
-        held = channel.outstanding
+        held = line.outstanding
         if self._config.overflow == "block":
-            held += self._queued[channel.worker_id]
+            held += self._queued[line.worker_id]
         room = self._config.max_queue_size - held
         if room > 0 and self._is_pacing:
             room = min(room, self._room_within_pace())
-        if self._steps_queued < self._demand and channel.outstanding == 0:
+        if self._steps_queued < self._demand and line.outstanding == 0:
             room = max(room, 1)  # somebody waits for more than the queues can hold
         return room
 
@@ -150,14 +152,9 @@ class Flow:
         (the rule of W. Fu et al., "AReaL", 2025, section 4, with the batch size measured).
         """
         limit = (self._config.max_staleness or 0) + 1
-        begun = sum(channel.outstanding for channel in self._ready.values())
+        begun = sum(line.outstanding for line in self._ready.values())
         begun += len(self._arrivals) + self._delivered_since_push
         return max(0, self._per_version * limit - begun)
-
-    def _grant(self, channel: Channel, credits: int) -> None:
-        if credits > 0:
-            channel.grant(credits)
-            self._expect_progress(channel.worker_id)
 
     # taking
 
@@ -196,17 +193,16 @@ class Flow:
         if self._config.mode != "sync" or self._rounds_held:
             return
         if self._round is None and self._ready:
-            self._round = dict.fromkeys(self._ready)
-            for channel in self._ready.values():
-                self._grant(channel, 1)
+            self._round = Round(self._ready)
+            for line in self._ready.values():
+                line.grant(1)
 
     def _end_round_if_complete(self) -> None:
         """Put a complete round into the inbox, ordered by worker."""
-        if self._round is not None and None not in self._round.values():
-            arrivals, self._round = self._round, None
-            for _, arrival in sorted(arrivals.items()):
-                if arrival is not None:
-                    self._append(arrival)
+        if self._round is not None and self._round.is_complete:
+            complete, self._round = self._round, None
+            for arrival in complete.batches():
+                self._append(arrival)
 
     async def hold_rounds(self, is_over: Callable[[], bool]) -> None:
         """Have no round of the sync mode begin until ``release_rounds``; wait for one that goes on.
@@ -246,7 +242,7 @@ class Flow:
 
     def _take_oldest(self) -> ExperienceBatch:
         newest = self._newest if self._is_dropping else self._newest_version()
-        batch = self._pop().open(newest)
+        batch = ExperienceBatch.of(self._pop(), newest)
         self.num_batches += 1
         self.num_steps += batch.num_steps
         self._delivered_since_push += 1
@@ -267,10 +263,10 @@ class Flow:
         for arrival in too_old:
             self._uncount(arrival)
             self.num_dropped += 1
-            self._top_up_one(arrival.channel.worker_id)
+            self._top_up_one(arrival.worker_id)
 
     def discard_all(self) -> None:
-        """Give every slot back unread."""
+        """Give everything that has arrived back unread."""
         while self._arrivals:
             self._pop()
         self._round = None
@@ -292,23 +288,23 @@ class Flow:
         """Experiences of one worker that have arrived and were not taken."""
         return self._queued[worker_id]
 
-    def _append(self, arrival: Arrival) -> None:
+    def _append(self, arrival: PendingBatch) -> None:
         self._arrivals.append(arrival)
-        self._queued[arrival.channel.worker_id] += 1
+        self._queued[arrival.worker_id] += 1
         self._steps_queued += arrival.num_steps
 
-    def _pop(self) -> Arrival:
+    def _pop(self) -> PendingBatch:
         arrival = self._arrivals.popleft()
         self._uncount(arrival)
         return arrival
 
-    def _uncount(self, arrival: Arrival) -> None:
-        self._queued[arrival.channel.worker_id] -= 1
+    def _uncount(self, arrival: PendingBatch) -> None:
+        self._queued[arrival.worker_id] -= 1
         self._steps_queued -= arrival.num_steps
 
     def _drop_oldest_of(self, worker_id: int) -> None:
         for index, arrival in enumerate(self._arrivals):
-            if arrival.channel.worker_id == worker_id:
+            if arrival.worker_id == worker_id:
                 del self._arrivals[index]
                 self._uncount(arrival)
                 self.num_dropped += 1

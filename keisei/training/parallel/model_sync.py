@@ -1,82 +1,25 @@
-"""ModelSynchronizer: when weights are due, and snapshots of them that can be stored or sent.
-
-The pool itself moves weights through shared memory and needs none of this. A snapshot is for what
-lies beyond it: a file, a socket, a pool on another machine.
-"""
+"""ModelSynchronizer: the owner of weights, from the learner's tensors to the workers' models."""
 
 from __future__ import annotations
 
-import math
+import asyncio
 import time
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
-from torch.nn.parameter import is_lazy
+from keisei.exceptions import CommandTimeout, ConfigurationError, PoisonedWeights, WeightsError
+from keisei.ipc.threads import to_the_end
+from keisei.naming import public
+from keisei.protocol.line import Line
+from keisei.training.parallel import snapshots
+from keisei.training.parallel.published import PublishedWeights
+from keisei.training.parallel.snapshots import PackedTensor, PreparedModel, SyncMetadata
+from keisei.training.parallel.weights_source import WeightsSource, state_of
 
-from keisei.exceptions import ConfigurationError, WeightsError
-
-# Level 1: trained weights are close to noise, and the higher levels take many times as long for
-# one or two percent.
-_LEVEL = 1
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTensor:
-    """The bytes of one tensor.
-
-    Attributes:
-        payload: Its elements, row by row, in the byte order of this machine; in zlib's format if
-            ``compressed``.
-        dtype: The name of its dtype, such as "bfloat16".
-        shape: Its shape; () is a tensor without dimensions.
-        compressed: False where compression would have made it larger.
-    """
-
-    payload: bytes
-    dtype: str
-    shape: tuple[int, ...]
-    compressed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SyncMetadata:
-    """What is known about a snapshot.
-
-    Attributes:
-        version: 1, 2, 3 …: the number of this snapshot among those of its synchronizer.
-        timestamp: When it was made, by the synchronizer's clock, in seconds.
-        total_parameters: Elements of all parameters of the model; a shared parameter counts once,
-            buffers do not count.
-        compressed: Whether compression was enabled.
-        original_bytes: Bytes of all entries of the state dict.
-        compressed_bytes: Bytes of all payloads; ``original_bytes`` without compression.
-        ratio: ``original_bytes / compressed_bytes``, at least 1; 1 for a model without a byte.
-    """
-
-    version: int
-    timestamp: float
-    total_parameters: int
-    compressed: bool
-    original_bytes: int
-    compressed_bytes: int
-    ratio: float
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedModel:
-    """A snapshot of a model's state dict, which shares no memory with the model.
-
-    Attributes:
-        model_data: For each name a ``PackedTensor`` with compression, and without it a tensor on
-            the CPU, which ``push_weights`` takes as it is. Compressed snapshots hold no tensor and
-            can be pickled.
-        metadata: See ``SyncMetadata``.
-    """
-
-    model_data: Mapping[str, torch.Tensor | PackedTensor]
-    metadata: SyncMetadata
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +35,9 @@ class SyncStats:
         original_bytes: Bytes of all these snapshots before compression.
         compressed_bytes: Bytes of all these snapshots.
         ratio: ``original_bytes / compressed_bytes``; 1 before the first byte.
+        num_pushes: Weights pushed to workers.
+        bytes_pushed: Their bytes.
+        num_not_finite: Pushes that held NaN or infinity, where that is checked.
     """
 
     sync_interval: int
@@ -102,14 +48,30 @@ class SyncStats:
     original_bytes: int
     compressed_bytes: int
     ratio: float
+    num_pushes: int = 0
+    bytes_pushed: int = 0
+    num_not_finite: int = 0
 
 
+def _ignore(version: int, num_bytes: int) -> None:
+    """Stand in where nobody needs to hear of a push."""
+
+
+@public
 class ModelSynchronizer:
-    """Says when weights are due, and makes and applies snapshots of a model.
+    """Owns weights: when they are due, their versions, what workers see of them, and snapshots.
+
+    A pool has one. ``push`` copies tensors once into memory that all workers share and gives them
+    a version, 1 for the first; every worker takes the newest before its next experience.
+    Alone, without workers, it makes and applies snapshots.
 
     Args:
         sync_interval: Steps, of whatever the caller counts, between two synchronizations.
-        compression_enabled: Whether snapshots are compressed, without loss.
+        compression_enabled: Whether snapshots are compressed, without loss. Weights in shared
+            memory never are.
+        check_finite: Count the pushes that hold NaN or infinity.
+        lines: The workers' lines, by worker id; always as they are now.
+        on_pushed: Called in the event loop with each new version and its bytes.
         clock: Time of day in seconds, for the timestamp of a snapshot.
 
     Raises:
@@ -121,18 +83,39 @@ class ModelSynchronizer:
         sync_interval: int = 100,
         compression_enabled: bool = False,
         *,
+        check_finite: bool = False,
+        lines: Mapping[int, Line] = MappingProxyType({}),
+        on_pushed: Callable[[int, int], None] = _ignore,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if sync_interval < 1:
             raise ConfigurationError([f"sync_interval = {sync_interval}: must be at least 1"])
         self.sync_interval = sync_interval
         self.compression_enabled = compression_enabled
+        self._lines = lines
+        self._on_pushed = on_pushed
         self._clock = clock
+        self._weights = PublishedWeights(
+            check_finite=check_finite,
+            on_arena=self._introduce_all,
+            on_published=self._published,
+        )
+        self._poisoned: PoisonedWeights | None = None
         self._last_sync_step = 0
         self._syncs_completed = 0
         self._models_prepared = 0
         self._original_bytes = 0
         self._compressed_bytes = 0
+        self._num_pushes = 0
+        self._bytes_pushed = 0
+        self._num_not_finite = 0
+
+    # when
+
+    @property
+    def last_sync_step(self) -> int:
+        """The step of the last completed synchronization; 0 before the first."""
+        return self._last_sync_step
 
     def should_sync(self, step: int) -> bool:
         """Return whether ``sync_interval`` steps or more have passed since the last one."""
@@ -149,6 +132,131 @@ class ModelSynchronizer:
         self._last_sync_step = step
         self._syncs_completed += 1
 
+    # to the workers
+
+    @property
+    def version(self) -> int:
+        """The newest version; 0 is none."""
+        return self._weights.version
+
+    async def push(self, weights: WeightsSource) -> int:
+        """Publish weights to all workers and return their version.
+
+        Names and layout are checked, the tensors are copied once, the version is published,
+        counted and told. When cancelled, all of that is done or nothing.
+
+        Args:
+            weights: A module, a state dict with dense tensors on any device, or a snapshot; it
+                is copied and may be changed afterwards.
+
+        Raises:
+            WeightsError: Keys, shapes or dtypes differ from those of the first weights, or a
+                worker has nothing to load them into. Nothing was published.
+            PoisonedWeights: An earlier version killed its workers and was withdrawn; raised
+                once, and nothing was published.
+            OSError: There is no memory for the first weights.
+        """
+        self.raise_if_withdrawn()
+        state = state_of(weights)
+        if not self._weights.has_memory:
+            self._check_takers()
+        return await self._weights.publish(state)
+
+    def _check_takers(self) -> None:
+        """Refuse the first weights where a worker could do nothing with them."""
+        deaf = sorted(key for key, line in self._lines.items() if line.takes_weights is False)
+        if deaf:
+            raise WeightsError(
+                f"workers {deaf} cannot take weights: in setup() assign the network to self.model, "
+                "or define load_weights(weights, version)"
+            )
+
+    def introduce(self, line: Line) -> None:
+        """Tell a worker where the weights lie, if there are any."""
+        self._weights.introduce(line)
+
+    def _introduce_all(self) -> None:
+        for line in list(self._lines.values()):
+            self.introduce(line)
+
+    def _published(self, version: int, num_bytes: int, is_finite: bool) -> None:
+        self._num_pushes += 1
+        self._bytes_pushed += num_bytes
+        self._num_not_finite += not is_finite
+        self._on_pushed(version, num_bytes)
+
+    async def wait_applied(
+        self, version: int, worker_ids: Iterable[int] | None = None, *, timeout: float
+    ) -> None:
+        """Wait until workers have taken ``version`` or a newer one; the dead are left out.
+
+        Args:
+            version: The version that they are to have.
+            worker_ids: For whom to wait; ``None`` for all.
+            timeout: Seconds.
+
+        Raises:
+            CommandTimeout: A worker has not done so in time.
+        """
+        chosen = self._lines if worker_ids is None else dict.fromkeys(worker_ids)
+        lines = [self._lines[worker_id] for worker_id in chosen]
+        expected = {line.ask_for_version(version): line for line in lines}
+        if not expected:
+            return
+        try:
+            _, late = await asyncio.wait(expected, timeout=timeout)
+        finally:
+            for applied in expected:
+                applied.cancel()
+        for applied, line in expected.items():
+            if applied in late:
+                raise CommandTimeout(
+                    f"worker {line.worker_id} has not applied weights version {version} within "
+                    f"{timeout:g} s; it is in {line.phase.name.lower()}",
+                    line.worker_id,
+                    line.incarnation,
+                )
+            applied.exception()  # of a worker that was lost: its successor takes the newest
+
+    def withdraw(self, version: int, why: str) -> None:
+        """Publish the weights before ``version`` again, as a new version, unless newer ones came.
+
+        The next push raises ``PoisonedWeights``, with ``why`` in its message.
+
+        Raises:
+            WeightsError: There are none before them.
+        """
+        if self.version != version:
+            return  # better ones were pushed already
+        replacement = self._weights.revert()
+        self._poisoned = PoisonedWeights(
+            f"weights version {version} was withdrawn after the workers that applied it failed; "
+            f"version {replacement} holds the previous weights again; last: {why}",
+            version,
+            replacement,
+        )
+
+    def raise_if_withdrawn(self) -> None:
+        """Raise, once, that a weights version was withdrawn."""
+        poisoned, self._poisoned = self._poisoned, None
+        if poisoned is not None:
+            raise poisoned
+
+    def close(self) -> None:
+        """Give the shared memory back."""
+        self._weights.close()
+
+    # snapshots
+
+    async def snapshot(self) -> PreparedModel:
+        """Return a snapshot of the newest weights that were pushed, made in a thread.
+
+        Raises:
+            WeightsError: None were pushed yet.
+        """
+        tensors = await self._weights.newest()
+        return await to_the_end(lambda: self._prepared(tensors))
+
     def prepare_model_for_sync(self, model: torch.nn.Module) -> PreparedModel:
         """Take a snapshot of ``model``: parameters and persistent buffers, bit for bit.
 
@@ -159,25 +267,33 @@ class ModelSynchronizer:
             WeightsError: If an entry of the state dict is no dense tensor with data.
         """
         state = model.state_dict()
-        _check_entries(state)
-        tensors = {name: _cpu_copy(tensor) for name, tensor in state.items()}
+        snapshots.check_entries(state)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return self._prepared(state, total_parameters=parameters)
+
+    def _prepared(
+        self, state: Mapping[str, torch.Tensor], total_parameters: int | None = None
+    ) -> PreparedModel:
+        tensors = {name: snapshots.cpu_copy(tensor) for name, tensor in state.items()}
         original_bytes = compressed_bytes = sum(tensor.nbytes for tensor in tensors.values())
         data: dict[str, torch.Tensor | PackedTensor] = dict(tensors)
         if self.compression_enabled:
-            packed = {name: _pack(tensor) for name, tensor in tensors.items()}
+            packed = {name: snapshots.pack(tensor) for name, tensor in tensors.items()}
             compressed_bytes = sum(len(entry.payload) for entry in packed.values())
             data = dict(packed)
+        if total_parameters is None:
+            total_parameters = sum(tensor.numel() for tensor in tensors.values())
         self._models_prepared += 1
         self._original_bytes += original_bytes
         self._compressed_bytes += compressed_bytes
         metadata = SyncMetadata(
             version=self._models_prepared,
             timestamp=self._clock(),
-            total_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            total_parameters=total_parameters,
             compressed=self.compression_enabled,
             original_bytes=original_bytes,
             compressed_bytes=compressed_bytes,
-            ratio=_ratio(original_bytes, compressed_bytes),
+            ratio=snapshots.ratio_of(original_bytes, compressed_bytes),
         )
         return PreparedModel(model_data=data, metadata=metadata)
 
@@ -190,8 +306,10 @@ class ModelSynchronizer:
             WeightsError: If names, shapes or dtypes differ from the model's, or a payload is
                 damaged; every such name is in the message.
         """
-        weights, damaged = _unpack_all(prepared.model_data)
-        problems = damaged + _differences(weights, model.state_dict(), known=prepared.model_data)
+        weights, damaged = snapshots.unpack_all(prepared.model_data)
+        problems = damaged + snapshots.differences(
+            weights, model.state_dict(), known=prepared.model_data
+        )
         if problems:
             raise WeightsError("the snapshot does not fit the model: " + "; ".join(problems))
         model.load_state_dict(weights)
@@ -206,117 +324,11 @@ class ModelSynchronizer:
             models_prepared=self._models_prepared,
             original_bytes=self._original_bytes,
             compressed_bytes=self._compressed_bytes,
-            ratio=_ratio(self._original_bytes, self._compressed_bytes),
+            ratio=snapshots.ratio_of(self._original_bytes, self._compressed_bytes),
+            num_pushes=self._num_pushes,
+            bytes_pushed=self._bytes_pushed,
+            num_not_finite=self._num_not_finite,
         )
 
 
-def _ratio(original_bytes: int, compressed_bytes: int) -> float:
-    return original_bytes / compressed_bytes if compressed_bytes else 1.0
-
-
-def _check_entries(state: Mapping[str, object]) -> None:
-    """Refuse what is not a dense tensor with data, such as a module's extra state."""
-    problems = []
-    for name, entry in state.items():
-        if not isinstance(entry, torch.Tensor):
-            problems.append(f"{name} is a {type(entry).__name__}, not a tensor")
-        elif is_lazy(entry):
-            problems.append(f"{name} is lazy and has no shape yet; run the model once")
-        elif entry.layout is not torch.strided or entry.is_quantized:
-            problems.append(f"{name} is not a dense tensor")
-        elif entry.is_meta:
-            problems.append(f"{name} is on the meta device and has no data")
-    if problems:
-        raise WeightsError("the model cannot be prepared: " + "; ".join(problems))
-
-
-def _cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy ``tensor`` into memory of its own, row by row, on the CPU."""
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    return plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _pack(tensor: torch.Tensor) -> PackedTensor:
-    """Compress a contiguous tensor on the CPU, unless that would make it larger."""
-    raw = bytearray(tensor.nbytes)
-    if raw:
-        # By way of uint8: NumPy, the usual way to a tensor's bytes, knows no bfloat16.
-        flat = tensor.reshape(-1).view(torch.uint8)
-        torch.frombuffer(raw, dtype=torch.uint8).copy_(flat)
-    squeezed = zlib.compress(raw, _LEVEL)
-    compressed = len(squeezed) < len(raw)
-    return PackedTensor(
-        payload=squeezed if compressed else bytes(raw),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        shape=tuple(tensor.shape),
-        compressed=compressed,
-    )
-
-
-def _unpack(entry: PackedTensor) -> torch.Tensor:
-    """Undo ``_pack``.
-
-    Raises:
-        ValueError: If the payload is damaged.
-    """
-    dtype = getattr(torch, entry.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch has no dtype {entry.dtype!r}")
-    try:
-        raw = bytearray(zlib.decompress(entry.payload) if entry.compressed else entry.payload)
-    except zlib.error as error:
-        raise ValueError(str(error)) from error
-    expected = math.prod(entry.shape) * dtype.itemsize
-    if len(raw) != expected:
-        raise ValueError(f"{len(raw)} bytes instead of {expected}")
-    if not raw:
-        return torch.empty(entry.shape, dtype=dtype)
-    return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(entry.shape)
-
-
-def _unpack_all(
-    data: Mapping[str, torch.Tensor | PackedTensor],
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return the tensors that could be unpacked and a line for each that could not."""
-    weights: dict[str, torch.Tensor] = {}
-    damaged: list[str] = []
-    for name, entry in data.items():
-        if isinstance(entry, torch.Tensor):
-            weights[name] = entry
-            continue
-        try:
-            weights[name] = _unpack(entry)
-        except ValueError as error:
-            damaged.append(f"{name} is damaged ({error})")
-    return weights, damaged
-
-
-def _differences(
-    weights: Mapping[str, torch.Tensor],
-    state: Mapping[str, torch.Tensor],
-    *,
-    known: Mapping[str, object],
-) -> list[str]:
-    """Return a line for each way in which ``weights`` do not fit ``state``.
-
-    Args:
-        weights: The tensors of a snapshot.
-        state: The state dict of the model that is to take them.
-        known: All names of the snapshot, also those of damaged tensors.
-    """
-    _check_entries(state)
-    missing = [name for name in state if name not in known]
-    unexpected = [name for name in known if name not in state]
-    problems = []
-    if missing:
-        problems.append(f"missing: {', '.join(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {', '.join(unexpected)}")
-    for name, tensor in weights.items():
-        if name in state and _form(tensor) != _form(state[name]):
-            problems.append(f"{name} is {_form(tensor)}, the model has {_form(state[name])}")
-    return problems
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+__all__ = ["ModelSynchronizer", "SyncStats"]

@@ -3,201 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
-from weakref import WeakSet
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import anyio.lowlevel
-import torch
 
-from keisei.backends.base import Backend
-from keisei.config import ParallelConfig
-from keisei.events import (
-    Event,
-    Incident,
-    PoolPaused,
-    PoolResumed,
-    PoolScaled,
-    PoolStarted,
-    PoolStopped,
-    UpdateCompleted,
-    WeightsPushed,
-)
+from keisei.events import Incident, PoolPaused, PoolResumed, PoolScaled, UpdateCompleted
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
-from keisei.ipc.weights import HasStateDict, tensors_of
-from keisei.observers import Observer, ObserverSet
-from keisei.supervision.shutdown import to_completion
+from keisei.naming import public
+from keisei.observers import Observer
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
-from keisei.training.parallel.factory import pickle_factory
+from keisei.training.parallel.lifecycle import Lifecycle
+from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.pool import Pool
-from keisei.training.parallel.run import Learner, RunReport, TrainingLoop
-from keisei.training.parallel.seeds import draw_root
+from keisei.training.parallel.run import RunReport, TrainingLoop
+from keisei.training.parallel.snapshots import PreparedModel
 from keisei.training.parallel.stats import PoolStats, WorkerInfo
 from keisei.training.parallel.streams import EventStream, ExperienceStream
-from keisei.worker import Worker
+from keisei.training.parallel.weights_source import WeightsSource
 
 
-class _State(enum.StrEnum):
-    NEW = "not started"
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-
-
-class ParallelManager:
+@public
+class ParallelManager(Lifecycle):
     """Runs a pool of workers from inside an asyncio application.
 
     Use it as ``async with ParallelManager(...) as manager:``, or ``await manager.run()`` for the
     whole life with a learner. It belongs to the event loop that started it and serves once.
     It takes nothing global: no signal handler, no start method, no torch setting.
     """
-
-    def __init__(
-        self,
-        worker: Callable[[], Worker],
-        *,
-        model: torch.nn.Module | None = None,
-        learner: Learner | None = None,
-        config: ParallelConfig | Mapping[str, Any] | None = None,
-        observers: Iterable[Observer] = (),
-        backend: Backend | None = None,
-    ) -> None:
-        """Describe a pool; nothing is started yet.
-
-        Args:
-            worker: A picklable callable without arguments that returns a ``Worker``: a class of
-                a module, or a ``functools.partial`` of one. Called once in each process.
-            model: Its state dict is weights version 1.
-            learner: For ``run``.
-            config: A ``ParallelConfig``, or a mapping that validates to one.
-            observers: Objects with ``on_event(event)``, called for every event.
-            backend: Starts the workers, in the place of the one that ``config.backend`` names;
-                this manager's alone. ``keisei.testing.conformance`` tells whether it is sound.
-
-        Raises:
-            ConfigurationError: The configuration cannot work; every problem is listed.
-            SerializationError: ``worker`` cannot be sent to a process.
-        """
-        self.config = ParallelConfig.of(config)
-        self._factory = pickle_factory(worker)
-        self._model = model
-        self._learner = learner
-        self._backend = backend
-        self._observers = ObserverSet(observers)
-        self._seed = self.config.seed if self.config.seed is not None else draw_root()
-        self._state = _State.NEW
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pool: Pool | None = None
-        self._streams: WeakSet[EventStream] = WeakSet()
-        self._stopping: asyncio.Task[None] | None = None
-        self._stop_requested = False
-        self._started_at = 0.0
-        self._num_pushes = self._bytes_pushed = self._num_not_finite = 0
-
-    # life
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            await self.stop()
-        except Exception as problem:
-            if error is None:
-                raise
-            error.add_note(f"stopping the pool failed too: {problem!r}")
-
-    async def start(self) -> None:
-        """Start every worker and wait until all are ready.
-
-        When cancelled, or when it raises, every process is gone.
-
-        Raises:
-            WorkerStartError: A worker's imports, factory or ``setup`` raised, at its first start.
-            PoolExhausted: Workers ended while starting, more often than the policy allows.
-            ManagerStateError: It was started before, or stopped meanwhile.
-        """
-        if self._state is not _State.NEW:
-            raise ManagerStateError(
-                f"this manager is {self._state}; it serves once, so make a new one"
-            )
-        self._state = _State.STARTING
-        self._loop = asyncio.get_running_loop()
-        self._started_at = time.monotonic()
-        pool = self._pool = Pool(
-            self.config, self._factory, self._seed, self._publish, self._backend
-        )
-        try:
-            await pool.backend.open()
-            if self._model is not None:
-                await pool.communicator.send_model_weights(self._model)
-            await pool.fill()
-        except BaseException:
-            await self.stop()
-            raise
-        if self._stopping is not None:
-            await to_completion(_outcome(self._stopping))
-            raise ManagerStateError("this manager was stopped while it was starting")
-        self._state = _State.RUNNING
-        self._publish(PoolStarted(pool.num_workers))
-
-    async def stop(self) -> None:
-        """End every worker and return when all are gone.
-
-        Workers finish the experience that they are collecting and tear down, within
-        ``shutdown_timeout``; then SIGTERM and SIGKILL follow. May be called at any time, from
-        several tasks, and again: a second call shortens the grace. It is carried to its end
-        even if the caller is cancelled.
-        """
-        if self._pool is None:
-            self._state = _State.STOPPED
-            return
-        pool = self._started()
-        if self._stopping is None:
-            self._stopping = asyncio.get_running_loop().create_task(
-                self._stop(pool), name="keisei-stop"
-            )
-        elif not self._stopping.done():
-            pool.supervisor.hurry()
-        await to_completion(_outcome(self._stopping))
-
-    async def _stop(self, pool: Pool) -> None:
-        self._state = _State.STOPPING
-        self._stop_requested = True
-        try:
-            await pool.close()
-        finally:
-            self._state = _State.STOPPED
-            pool.flow.wake()
-            self._publish(PoolStopped(len(pool.supervisor.incidents)))
-            for stream in list(self._streams):
-                stream.close()
-
-    def request_stop(self) -> None:
-        """Have ``run()`` and ``experiences()`` end in an orderly way, soon.
-
-        Returns at once. Call it in the manager's event loop, from a signal handler of the
-        application for example; from another thread with ``loop.call_soon_threadsafe``.
-        """
-        self._stop_requested = True
-        if self._pool is not None:
-            self._pool.flow.wake()
-
-    @property
-    def is_stop_requested(self) -> bool:
-        """Whether ``request_stop`` or ``stop`` was called."""
-        return self._stop_requested
 
     # experience
 
@@ -277,7 +112,7 @@ class ParallelManager:
 
     async def push_weights(
         self,
-        weights: HasStateDict | Mapping[str, torch.Tensor],
+        weights: WeightsSource,
         *,
         wait: bool = False,
         timeout: float | None = None,
@@ -290,66 +125,55 @@ class ParallelManager:
         published or not.
 
         Args:
-            weights: A module, or a state dict with dense tensors on any device; copied.
+            weights: A module, a state dict with dense tensors on any device, or a snapshot;
+                copied.
             wait: Also wait until every live worker has applied this version or a newer one.
             timeout: Seconds for ``wait``; ``None`` takes ``command_timeout``.
 
         Raises:
-            WeightsError: Keys, shapes or dtypes differ from those of the first weights; the
-                message names them. Nothing was published.
+            WeightsError: Keys, shapes or dtypes differ from those of the first weights, or a
+                worker has neither a ``model`` nor its own ``load_weights``; the message names
+                them. Nothing was published.
             PoisonedWeights: An earlier version killed its workers and was withdrawn; raised
                 once, and nothing was published.
             CommandTimeout: A worker has not applied them in time; they are published.
             ManagerStateError: The manager is not running.
         """
         pool = self._usable()
-        pool.raise_poisoned()
-        tensors = tensors_of(weights)
         await pool.flow.hold_rounds(lambda: self._is_over(pool))
         try:
-            version = self._publish_at_once(pool, tensors)
-            if version is None:
-                version = await to_completion(self._publish_weights(pool, tensors))
+            version = await pool.synchronizer.push(weights)
         finally:
             pool.flow.release_rounds()
         if wait:
-            pool.expect_progress()
-            await pool.communicator.wait_applied(version, list(pool.ready), timeout)
-            pool.raise_poisoned()
+            limit = self.config.command_timeout if timeout is None else timeout
+            await pool.synchronizer.wait_applied(version, list(pool.ready), timeout=limit)
+            pool.synchronizer.raise_if_withdrawn()
         else:
             await anyio.lowlevel.checkpoint()  # who pushes in a loop must let the event loop turn
         return version
 
-    def _publish_at_once(self, pool: Pool, tensors: dict[str, torch.Tensor]) -> int | None:
-        if self.config.check_finite:
-            return None
-        version = pool.communicator.publish_at_once(tensors)
-        if version is not None:
-            self._count_push(pool, version, is_finite=True)
-        return version
+    async def snapshot(self) -> PreparedModel:
+        """Return a snapshot of the newest weights, to be stored or sent to another machine.
 
-    async def _publish_weights(self, pool: Pool, tensors: dict[str, torch.Tensor]) -> int:
-        """Publish and count: both or none, so it must not be cancelled between the two."""
-        is_finite = True
-        if self.config.check_finite:
-            is_finite = await asyncio.to_thread(_is_finite, tensors)
-        version = await pool.communicator.send_model_weights(tensors)
-        self._count_push(pool, version, is_finite=is_finite)
-        pool.expect_progress()  # where to find weights is told, so they are loaded now
-        return version
+        It is compressed with ``compression_enabled`` and made in a thread. ``push_weights`` takes
+        it, and ``ModelSynchronizer.restore_model_from_sync`` copies it into a model.
 
-    def _count_push(self, pool: Pool, version: int, *, is_finite: bool) -> None:
-        num_bytes = pool.communicator.weights_nbytes
-        self._num_pushes += 1
-        self._bytes_pushed += num_bytes
-        self._num_not_finite += not is_finite
-        pool.flow.pushed()
-        self._publish(WeightsPushed(version, num_bytes))
+        Raises:
+            WeightsError: None were pushed yet.
+            ManagerStateError: The manager is not running.
+        """
+        return await self._usable().synchronizer.snapshot()
+
+    @property
+    def synchronizer(self) -> ModelSynchronizer:
+        """The owner of the pool's weights: when they are due, their counts, and snapshots."""
+        return self._started(any_loop=True).synchronizer
 
     @property
     def weights_version(self) -> int:
         """The newest weights version; 0 is none."""
-        return self._pool.communicator.weights_version if self._pool is not None else 0
+        return self._pool.synchronizer.version if self._pool is not None else 0
 
     # commands
 
@@ -385,7 +209,6 @@ class ParallelManager:
         for worker_id in chosen:
             if worker_id not in pool.ready:
                 raise WorkerLost(f"worker {worker_id} is not ready now", worker_id)
-            pool.supervisor.expect_progress(worker_id)
         return await pool.communicator.send_control_command(command, data, chosen, timeout)
 
     async def pause(self, timeout: float | None = None) -> None:
@@ -403,7 +226,7 @@ class ParallelManager:
             ManagerStateError: The manager is not running.
         """
         await self._usable().pause(timeout)
-        self._publish(PoolPaused())
+        self._hub.publish(PoolPaused())
 
     async def resume(self) -> None:
         """Let workers collect again.
@@ -412,7 +235,7 @@ class ParallelManager:
             ManagerStateError: The manager is not running.
         """
         self._usable().resume()
-        self._publish(PoolResumed())
+        self._hub.publish(PoolResumed())
 
     async def reset(self, timeout: float | None = None) -> None:
         """Call ``reset`` of every worker; errors as in ``send_command``.
@@ -440,7 +263,7 @@ class ParallelManager:
             raise ValueError(f"num_workers is {num_workers}; a pool needs at least one worker")
         await pool.resize(num_workers)
         if pool.num_workers == num_workers:
-            self._publish(PoolScaled(num_workers))
+            self._hub.publish(PoolScaled(num_workers))
 
     # what it knows
 
@@ -448,6 +271,7 @@ class ParallelManager:
         """Return the pool in numbers; costs no system call. Also after the end."""
         pool = self._started(any_loop=True)
         incidents = pool.supervisor.incidents
+        pushes = pool.synchronizer.get_sync_stats()
         return PoolStats(
             seconds=time.monotonic() - self._started_at,
             num_workers=pool.num_workers,
@@ -459,10 +283,10 @@ class ParallelManager:
             num_lost=sum(incident.experiences_lost for incident in incidents),
             num_restarts=pool.supervisor.num_restarts,
             num_incidents=len(incidents),
-            weights_version=pool.communicator.weights_version,
-            num_pushes=self._num_pushes,
-            bytes_pushed=self._bytes_pushed,
-            num_not_finite=self._num_not_finite,
+            weights_version=pool.synchronizer.version,
+            num_pushes=pushes.num_pushes,
+            bytes_pushed=pushes.bytes_pushed,
+            num_not_finite=pushes.num_not_finite,
             seed=pool.seed,
             is_paused=pool.is_paused,
         )
@@ -470,7 +294,8 @@ class ParallelManager:
     def queue_info(self) -> QueueInfo:
         """Return how many frames wait in each worker's queues."""
         pool = self._started()
-        return pool.communicator.get_queue_info(pool.flow.num_queued_of)
+        slots = [key for key in pool.supervisor.slots if not pool.supervisor.is_closed(key)]
+        return pool.communicator.get_queue_info(slots, pool.flow.num_queued_of)
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -482,24 +307,14 @@ class ParallelManager:
         """Every failure so far, oldest first."""
         return tuple(self._pool.supervisor.incidents) if self._pool is not None else ()
 
-    @property
-    def is_healthy(self) -> bool:
-        """Whether the pool is running and every wanted slot has a ready worker."""
-        pool = self._pool
-        return (
-            pool is not None
-            and self._state is _State.RUNNING
-            and len(pool.ready) == pool.num_workers
-        )
-
     def events(self) -> EventStream:
         """Iterate over events from now on: ``async for event in manager.events()``.
 
         May be called before the start. Ends when the pool has stopped. A reader that is too slow
         loses the oldest events.
         """
-        stream = EventStream(self._streams)
-        if self._state is _State.STOPPED:
+        stream = self._hub.stream()
+        if self._is_stopped:
             stream.close()
         return stream
 
@@ -509,16 +324,11 @@ class ParallelManager:
         Raises:
             TypeError: It has no ``on_event``.
         """
-        self._observers.add(observer)
+        self._hub.observers.add(observer)
 
     def publish_update(self, event: UpdateCompleted) -> None:
         """Tell observers and event streams that an update of ``run`` was completed."""
-        self._publish(event)
-
-    def _publish(self, event: Event) -> None:
-        for stream in list(self._streams):
-            stream.push(event)
-        self._observers.on_event(event)
+        self._hub.publish(event)
 
     # the whole life
 
@@ -534,9 +344,15 @@ class ParallelManager:
         A pool that is running already is left running at the end. When cancelled, the update
         being learned is finished, every worker is ended, and the cancellation goes on.
 
+        The wait for the learner is bounded. After a cancellation it is ``shutdown_timeout``; a
+        second cancellation shortens the rest to two seconds. After ``request_stop``, ``stop`` or
+        ``max_seconds`` it is ``shutdown_timeout`` or twice the longest update so far, whichever is
+        longer. Then the learner's thread is abandoned, and the error holds its stack: a
+        cancellation as a note, any other end as ``LearnerTimeout``.
+
         Args:
             max_steps: End after the update that brings the environment steps to this number.
-            max_seconds: End after this time, checked between updates.
+            max_seconds: End after this time, with the update that is being learned then.
             steps_per_update: Gather at least this many steps for each ``learn``; ``None`` takes
                 one round in sync mode, and whatever is here in async mode.
 
@@ -547,7 +363,9 @@ class ParallelManager:
             ManagerStateError: There is no learner, or the manager has served.
             WorkerStartError: A worker's first start failed.
             PoolExhausted: The restart policy was exceeded.
-            Exception: Whatever the learner raised; the workers are gone then.
+            LearnerTimeout: The learner did not return in time when the run should end.
+            BaseException: Whatever the learner raised, as told in ``Learner``; the workers are
+                gone then.
         """
         if self._learner is None:
             raise ManagerStateError(
@@ -561,47 +379,7 @@ class ParallelManager:
             max_seconds=max_seconds,
             steps_per_update=steps_per_update,
         )
-        if self._state is _State.RUNNING:
+        if self._is_running:
             return await loop.run()
         async with self:
             return await loop.run()
-
-    # states
-
-    def _started(self, *, any_loop: bool = False) -> Pool:
-        """Return the pool of a manager that was started, in the loop that started it."""
-        if self._pool is None:
-            raise ManagerStateError(
-                "this manager is not started; use 'async with manager', 'await manager.start()' "
-                "or 'await manager.run()'"
-            )
-        if not any_loop and self._loop is not asyncio.get_running_loop():
-            raise ManagerStateError(
-                "this manager belongs to another event loop; use it in the loop that started it "
-                "(asyncio.run_coroutine_threadsafe from other threads)"
-            )
-        return self._pool
-
-    def _usable(self) -> Pool:
-        """Return the pool of a manager that is running."""
-        pool = self._started()
-        pool.raise_failure()
-        if self._state not in (_State.RUNNING, _State.STARTING):
-            raise ManagerStateError(f"this manager is {self._state}; make a new one")
-        return pool
-
-    def _is_over(self, pool: Pool) -> bool:
-        return self._stop_requested or pool.supervisor.failure is not None
-
-
-async def _outcome(task: asyncio.Task[None]) -> None:
-    await asyncio.wait([task])
-    task.result()
-
-
-def _is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
-    return all(
-        bool(torch.isfinite(tensor).all())
-        for tensor in tensors.values()
-        if tensor.is_floating_point() or tensor.is_complex()
-    )

@@ -1,44 +1,107 @@
-"""What ``ParallelManager.run`` needs of a learner, and what it reports."""
+"""What ``ParallelManager.run`` needs of a learner and of the pool, and what it reports."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import functools
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from keisei import events
+from keisei.config import ParallelConfig
 from keisei.events import Incident
 from keisei.exceptions import ManagerStateError
-from keisei.supervision.shutdown import to_completion
+from keisei.naming import public
 from keisei.training.parallel.batch import ExperienceBatch
+from keisei.training.parallel.learning import LearnerCalls
+from keisei.training.parallel.metrics import MetricNumbers
 from keisei.training.parallel.model_sync import ModelSynchronizer
+from keisei.training.parallel.stats import PoolStats
+from keisei.training.parallel.weights_source import HasStateDict
 
 if TYPE_CHECKING:
     import torch
 
-    from keisei.training.parallel.parallel_manager import ParallelManager
 
-
+@public
 class Learner(Protocol):
-    """Turns experience into better weights, in the application's process."""
+    """Turns experience into better weights, in the application's process.
+
+    Whatever a method raises ends ``run()`` with that error, once the workers are gone. Only
+    StopIteration, StopAsyncIteration, GeneratorExit and CancelledError arrive as a
+    ``RuntimeError`` that names them and has them as its cause: raised as they are, they would be
+    taken for the end of an iterator or for a cancellation.
+    """
 
     def learn(self, batches: Sequence[ExperienceBatch]) -> Any:
         """Learn from one update's batches.
 
-        ``def`` runs in a thread of its own, so the event loop never waits for it; ``async def``
-        is awaited. A mapping that it returns is shown as metrics.
+        ``def`` runs in a thread of the learner's own, so the event loop never waits for it;
+        ``async def`` runs on the event loop. A mapping that it returns is shown as metrics: its
+        numbers go to observers, in ``UpdateCompleted``, and all of it into the ``RunReport``.
+
+        When the run is cancelled or should end, an update that is being learned is waited for,
+        for a bounded time: see ``ParallelManager.run``.
         """
         ...
 
-    def state_dict(self) -> Mapping[str, torch.Tensor]:
-        """Return the weights; pushed every ``sync_interval`` updates, never during ``learn``."""
+    def state_dict(self) -> Mapping[str, torch.Tensor] | Awaitable[Mapping[str, torch.Tensor]]:
+        """Return the weights.
+
+        Called where ``learn`` is called, never during ``learn``: before the first experience is
+        collected, unless the manager was given a model, and after every ``sync_interval`` updates.
+        """
         ...
 
 
+class TrainedPool(Protocol):
+    """What the training loop asks of the pool that collects for it."""
+
+    @property
+    def config(self) -> ParallelConfig:
+        """How the pool is set up."""
+        ...
+
+    @property
+    def is_stop_requested(self) -> bool:
+        """Whether somebody asked for the end."""
+        ...
+
+    @property
+    def incidents(self) -> Sequence[Incident]:
+        """Every failure so far, oldest first."""
+        ...
+
+    @property
+    def synchronizer(self) -> ModelSynchronizer:
+        """Says when weights are due."""
+        ...
+
+    async def wait_over(self) -> None:
+        """Return when a stop was requested or the pool has failed for good."""
+        ...
+
+    async def collect_update(
+        self, min_steps: int | None, seconds: float | None
+    ) -> list[ExperienceBatch]:
+        """Return the batches of the next update; none when it is time to end."""
+        ...
+
+    async def push_weights(self, weights: HasStateDict | Mapping[str, torch.Tensor]) -> int:
+        """Publish weights and return their version."""
+        ...
+
+    def stats(self) -> PoolStats:
+        """Return the pool in numbers."""
+        ...
+
+    def publish_update(self, event: events.UpdateCompleted) -> None:
+        """Pass the event on to observers and event streams."""
+        ...
+
+
+@public
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """What a run did.
@@ -51,7 +114,7 @@ class RunReport:
         weights_version: The newest version.
         num_restarts: Workers started in the place of failed ones.
         incidents: Every failure, oldest first.
-        metrics: What the last ``learn`` returned, if it was a mapping.
+        metrics: What the last ``learn`` returned, if it was a mapping; not only its numbers.
         reason: Why it ended: "max_steps", "max_seconds" or "request_stop".
     """
 
@@ -62,7 +125,7 @@ class RunReport:
     weights_version: int
     num_restarts: int
     incidents: tuple[Incident, ...]
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Any]
     reason: str
 
     @property
@@ -72,99 +135,106 @@ class RunReport:
 
 
 class TrainingLoop:
-    """Collect, learn, push, until a limit is reached or somebody asks to stop."""
+    """Collect, learn, push, until a limit is reached or a stop is requested."""
 
     def __init__(
         self,
-        manager: ParallelManager,
+        pool: TrainedPool,
         learner: Learner,
         *,
         max_steps: int | None,
         max_seconds: float | None,
         steps_per_update: int | None,
     ) -> None:
-        self._manager = manager
-        self._learner = learner
+        self._pool = pool
         self._max_steps = max_steps
         self._max_seconds = max_seconds
         self._steps_per_update = steps_per_update
-        self._synchronizer = ModelSynchronizer(manager.config.sync_interval)
-        self._thread = ThreadPoolExecutor(1, "keisei-learner")
+        self._calls = LearnerCalls(
+            learner,
+            grace=pool.config.shutdown_timeout,
+            wait_over=pool.wait_over,
+            seconds_left=self._seconds_left,
+        )
+        self._numbers = MetricNumbers()
         self._started = time.monotonic()
+        self._updated = self._started
+        self._synced_before = 0  # a pool may be run several times
         self._updates = 0
         self._steps = 0
         self._batches = 0
-        self._metrics: Mapping[str, float] = {}
+        self._metrics: Mapping[str, Any] = {}
 
     async def run(self) -> RunReport:
         """Run to the end.
 
-        When cancelled, an update that is being learned in a thread is finished first.
+        Raises:
+            LearnerTimeout: The learner did not return in time when the run should end.
+            BaseException: Whatever the learner raised.
         """
-        try:
-            if self._manager.weights_version == 0:
-                await self._manager.push_weights(self._learner.state_dict())
-            before = time.monotonic()
+        async with self._calls:
+            self._updated = time.monotonic()
+            self._synced_before = self._pool.synchronizer.last_sync_step
             while (reason := self._reason_to_end()) is None:
-                batches = await self._manager.collect_update(
-                    self._steps_per_update, self._seconds_left()
-                )
-                if not batches:
-                    continue
-                await self._update(batches, before)
-                before = time.monotonic()
+                await self._update()
             return self._report(reason)
-        finally:
-            self._thread.shutdown(wait=True)
 
-    async def _update(self, batches: list[ExperienceBatch], before: float) -> None:
+    async def _update(self) -> None:
+        batches = await self._pool.collect_update(self._steps_per_update, self._seconds_left())
+        if not batches:
+            return
         steps = sum(batch.num_steps for batch in batches)
         staleness = sum(batch.staleness for batch in batches) / len(batches)
         self._batches += len(batches)
-        outcome = await self._learn(batches)
-        del batches
+        outcome = await self._calls.learn(batches)
+        del batches  # their memory is free for the workers while the weights are pushed
         self._updates += 1
         self._steps += steps
-        if isinstance(outcome, Mapping):
-            self._metrics = dict(outcome)
-        if self._synchronizer.should_sync(self._updates):
+        numbers = await self._numbers_of(outcome)
+        step = self._synced_before + self._updates
+        if self._pool.synchronizer.should_sync(step):
             await self._push()
-            self._synchronizer.mark_sync_completed(self._updates)
-        stats = self._manager.stats()
-        self._manager.publish_update(
+            self._pool.synchronizer.mark_sync_completed(step)
+        stats = self._pool.stats()
+        self._pool.publish_update(
             events.UpdateCompleted(
                 update=self._updates,
                 num_steps=self._steps,
-                steps_per_second=steps / max(time.monotonic() - before, 1e-9),
+                steps_per_second=steps / max(time.monotonic() - self._updated, 1e-9),
                 weights_version=stats.weights_version,
                 num_workers=stats.num_ready,
                 num_restarts=stats.num_restarts,
                 staleness=staleness,
-                metrics=self._metrics,
+                metrics=numbers,
             )
         )
+        self._updated = time.monotonic()
+
+    async def _numbers_of(self, outcome: Any) -> dict[str, float]:
+        """Keep what ``learn`` returned, if it was a mapping, and return the numbers in it.
+
+        They are read in the learner's thread if that may take a while: a tensor on a device has
+        its value only when everything that was queued there before is done.
+        """
+        metrics = outcome if isinstance(outcome, Mapping) else self._metrics
+        if self._numbers.are_plain(metrics):
+            self._metrics = dict(metrics)
+            return self._numbers.of(metrics)
+        read = functools.partial(self._numbers.copy_and_numbers_of, metrics)
+        numbers: dict[str, float]
+        self._metrics, numbers = await self._calls.aside(read, "learn")
+        return numbers
 
     async def _push(self) -> None:
+        weights = await self._calls.state_dict()
         try:
-            await self._manager.push_weights(self._learner.state_dict())
+            await self._pool.push_weights(weights)
         except ManagerStateError:
-            if not self._manager.is_stop_requested:  # by stop() from another task: an orderly end
+            if not self._pool.is_stop_requested:  # by stop() from another task: an orderly end
                 raise
 
-    async def _learn(self, batches: list[ExperienceBatch]) -> Any:
-        learn = self._learner.learn
-        if inspect.iscoroutinefunction(learn):
-            return await learn(batches)
-        loop = asyncio.get_running_loop()
-
-        async def in_thread() -> Any:
-            return await loop.run_in_executor(self._thread, learn, batches)
-
-        outcome = await to_completion(in_thread())
-        return await outcome if inspect.isawaitable(outcome) else outcome  # a wrapped "async def"
-
     def _reason_to_end(self) -> str | None:
-        if self._manager.is_stop_requested:
+        if self._pool.is_stop_requested:
             return "request_stop"
         if self._max_steps is not None and self._steps >= self._max_steps:
             return "max_steps"
@@ -179,7 +249,7 @@ class TrainingLoop:
         return self._max_seconds - (time.monotonic() - self._started)
 
     def _report(self, reason: str) -> RunReport:
-        stats = self._manager.stats()
+        stats = self._pool.stats()
         return RunReport(
             num_updates=self._updates,
             num_steps=self._steps,
@@ -187,7 +257,21 @@ class TrainingLoop:
             seconds=time.monotonic() - self._started,
             weights_version=stats.weights_version,
             num_restarts=stats.num_restarts,
-            incidents=tuple(self._manager.incidents),
+            incidents=tuple(self._pool.incidents),
             metrics=self._metrics,
             reason=reason,
         )
+
+
+async def first_weights(
+    learner: Learner, *, grace: float, wait_over: Callable[[], Coroutine[Any, Any, None]]
+) -> HasStateDict | Mapping[str, torch.Tensor]:
+    """Return the learner's weights for the start of a pool that was given no model.
+
+    Args:
+        learner: Its ``state_dict`` is called as in a run.
+        grace: Seconds that it may go on after a cancellation or when the pool is over.
+        wait_over: Returns when the pool is over before it has started.
+    """
+    async with LearnerCalls(learner, grace=grace, wait_over=wait_over) as calls:
+        return await calls.state_dict()

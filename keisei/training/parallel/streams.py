@@ -1,12 +1,14 @@
-"""What can be iterated over with ``async for``: batches and events."""
+"""Batches and events to iterate over with ``async for``, and the hub that passes events on."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableSet
+from collections.abc import Awaitable, Callable, Iterable, MutableSet
+from weakref import WeakSet
 
 from keisei.events import Event
+from keisei.observers import Observer, ObserverSet
 from keisei.training.parallel.batch import ExperienceBatch
 
 _MAX_EVENTS = 10_000
@@ -68,3 +70,30 @@ class EventStream:
             self._changed.clear()
             await self._changed.wait()
         return self._events.popleft()
+
+
+class EventHub:
+    """Passes a pool's events on to observers, and to whoever iterates over them.
+
+    Attributes:
+        observers: Told of every event.
+    """
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self.observers = ObserverSet(observers)
+        self._streams: WeakSet[EventStream] = WeakSet()
+
+    def publish(self, event: Event) -> None:
+        """Pass ``event`` on."""
+        for stream in list(self._streams):
+            stream.push(event)
+        self.observers.on_event(event)
+
+    def stream(self) -> EventStream:
+        """Return the events from now on."""
+        return EventStream(self._streams)
+
+    def close(self) -> None:
+        """End every stream after what is in it."""
+        for stream in list(self._streams):
+            stream.close()

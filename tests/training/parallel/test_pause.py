@@ -68,6 +68,68 @@ async def test_pause_waits_for_what_is_being_collected(make_manager, mode):
             gate.open()
 
 
+@MODES
+async def test_pause_waits_for_a_collect_that_is_a_coroutine(make_manager, mode):
+    """The worker answers commands beside its collect, but the pause only when that has ended."""
+    with Gate() as gate:
+        worker = partial(pool_workers.Coroutine, gate=gate)
+        async with fail_after(30), make_manager(worker, mode=mode) as manager:
+            collecting = asyncio.create_task(manager.collect(min_steps=2))
+            held = sorted([await gate.visitor(), await gate.visitor()], key=lambda it: it.label)
+            pausing = asyncio.create_task(manager.pause())
+            for _ in range(3):  # what is answered was asked after the pause
+                assert await count(manager) == {0: 0, 1: 0}
+            assert not pausing.done()
+            held[0].release()
+            while await count(manager) != {0: 1, 1: 0}:
+                pass
+            assert await count(manager) == {0: 1, 1: 0}
+            assert not pausing.done()
+            held[1].release()
+            await pausing
+            assert [batch.data["number"].item() for batch in await collecting] == [1, 1]
+            assert await count(manager) == {0: 1, 1: 1}
+            gate.open()
+
+
+@WORKERS
+async def test_pause_brings_what_came_while_the_queues_rested(make_manager, force_rests, worker):
+    """All that was delivered is here when pause returns, although no look at it was due yet."""
+    force_rests(3600.0)
+    with Gate() as gate:
+        worker = partial(worker, gate=gate)
+        async with fail_after(30), make_manager(worker, max_queue_size=16) as manager:
+            for visitor in [await gate.visitor(), await gate.visitor()]:
+                visitor.release()
+            while manager.stats().num_queued < 2:  # one look at each queue
+                await pool_workers.turn()
+            gate.open()
+            while await count(manager) != {0: 16, 1: 16}:
+                pass
+            assert manager.stats().num_queued == 2, "the queues rest"
+            await manager.pause()
+            assert manager.queue_info().experience_queue_sizes == (16, 16)
+            assert len(await manager.collect()) == 32
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("rests", [None, 0.02], ids=["", "rests"])
+@WORKERS
+async def test_pause_brings_everything_whatever_the_queues_hold(
+    make_manager, force_rests, worker, size, rests
+):
+    """In a stream of batches each pause is complete: what was collected is queued or taken."""
+    if rests is not None:
+        force_rests(rests)
+    async with fail_after(60), make_manager(worker, max_queue_size=size) as manager:
+        for _ in range(8):
+            await manager.pause()
+            here = manager.stats().num_queued + manager.stats().num_batches
+            assert here == sum((await count(manager)).values())
+            await manager.resume()
+            await manager.collect(min_steps=size)
+
+
 async def test_commands_and_weights_are_handled_while_paused(make_manager):
     """A paused worker answers, and takes new weights, without collecting."""
     async with fail_after(30), make_manager(pool_workers.Counting) as manager:

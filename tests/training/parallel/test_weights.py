@@ -361,9 +361,21 @@ async def test_weights_that_the_workers_model_cannot_take_fail_the_worker(make_m
         assert manager.incidents[0].weights_version == 1
 
 
-async def test_a_worker_without_a_model_ignores_weights(make_manager):
-    """The default load_weights has nothing to fill; versions move on."""
+@pytest.mark.parametrize("wait", [False, True])
+async def test_the_first_weights_for_workers_that_can_take_none_are_refused(make_manager, wait):
+    """With neither a model nor an own load_weights the push raises, and nothing is published."""
     worker = partial(pool_workers.Returning, {"x": torch.zeros(1)})
+    async with fail_after(30), make_manager(worker, mode="sync") as manager:
+        with pytest.raises(WeightsError, match=r"workers \[0, 1\] cannot take weights: in setup"):
+            await manager.push_weights({"w": torch.zeros(2)}, wait=wait)
+        assert manager.weights_version == 0
+        assert [batch.weights_version for batch in await manager.collect()] == [0, 0]
+        assert manager.incidents == ()
+
+
+async def test_a_worker_with_its_own_load_weights_needs_no_model(make_manager):
+    """It takes weights as it likes; versions move on."""
+    worker = partial(pool_workers.Taking, {"x": torch.zeros(1)})
     async with fail_after(30), make_manager(worker, mode="sync") as manager:
         await manager.push_weights({"w": torch.zeros(2)}, wait=True)
         assert [batch.weights_version for batch in await manager.collect()] == [1, 1]

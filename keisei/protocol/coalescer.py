@@ -12,7 +12,7 @@ WORTHWHILE = 3
 """Experiences that a rest is expected to bring, at least."""
 
 
-class Rhythm:
+class Coalescer:
     """How fast one worker delivers, by the last two looks at its queue.
 
     A frame that wakes a sleeping process up costs its sender ten times one that does not, and the

@@ -1,0 +1,305 @@
+"""Line: the application's ends of one incarnation's queues, and its status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from keisei.exceptions import (
+    CommandTimeout,
+    QueueClosed,
+    QueueEnded,
+    QueueWouldBlock,
+    WorkerError,
+)
+from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_writer import FrameWriter
+from keisei.ipc.status import Phase, StatusLine
+from keisei.protocol import messages
+from keisei.protocol.batches import BatchParser
+from keisei.protocol.endpoints import WorkerEndpoints
+from keisei.protocol.last_words import LastWords
+from keisei.protocol.receiver import LineOwner, Receiver
+from keisei.protocol.requests import Requests, copy_of
+
+
+def _any_version() -> int:
+    return 2**63 - 1
+
+
+class Line:
+    """The application's ends of one incarnation's queues, and its status.
+
+    It is born and lost with its process. Everything that gives the worker something to do tells
+    the owner so (``on_work``).
+
+    Attributes:
+        worker_id: The slot.
+        incarnation: The process of that slot.
+        status: What the worker says it is doing.
+    """
+
+    def __init__(
+        self,
+        worker_id: int,
+        incarnation: int,
+        max_queue_size: int,
+        newest_version: Callable[[], int] = _any_version,
+    ) -> None:
+        """Make the queues.
+
+        Args:
+            worker_id: The slot.
+            incarnation: The process of that slot.
+            max_queue_size: Experiences that may wait.
+            newest_version: Tells the newest weights version, which no experience can exceed.
+
+        Raises:
+            OSError: There are no descriptors left; nothing is left open.
+        """
+        self.worker_id = worker_id
+        self.incarnation = incarnation
+        with contextlib.ExitStack() as undo:
+            theirs, self.experience = _pair(0 if max_queue_size else None, undo, manual=True)
+            self.model, model = _pair(None, undo)
+            self.control, control = _pair(None, undo)
+            reply, self.reply = _pair(None, undo, manual=True)
+            self.status = StatusLine()
+            undo.pop_all()
+        self._theirs: WorkerEndpoints | None = WorkerEndpoints(
+            control, model, reply, theirs, self.status
+        )
+        self._requests = Requests(worker_id, incarnation)
+        self._receiver = Receiver(
+            self.experience,
+            self.reply,
+            BatchParser(worker_id, incarnation),
+            self._requests,
+            newest_version,
+        )
+        self._lost: WorkerError | None = None
+        self._unsent: deque[Any] = deque()
+        self._sending: asyncio.Task[None] | None = None
+
+    def endpoints(self) -> WorkerEndpoints:
+        """Take the worker's ends out; they can be given away once."""
+        theirs, self._theirs = self._theirs, None
+        if theirs is None:
+            raise QueueClosed("the worker's ends of these queues were given away before")
+        return theirs
+
+    def listen(self, owner: LineOwner) -> None:
+        """Tell ``owner`` what the worker says, in the running loop."""
+        self._receiver.listen(owner)
+
+    # to the worker
+
+    def send(self, message: Any) -> None:
+        """Send a control frame behind those before it, as soon as there is room.
+
+        Raises:
+            QueueEnded: The worker can hear no more.
+        """
+        self._send(messages.pack(message))
+
+    def _send(self, frame: Any) -> None:
+        if not self._unsent:
+            try:
+                self.control.put_nowait(frame)
+            except QueueWouldBlock:
+                self._sending = asyncio.ensure_future(self._send_rest())
+            else:
+                return
+        self._unsent.append(frame)
+
+    async def _send_rest(self) -> None:
+        with contextlib.suppress(QueueEnded, QueueClosed):
+            while self._unsent:
+                await self.control.put(self._unsent[0])
+                self._unsent.popleft()
+        self._unsent.clear()
+
+    def try_to_send(self, message: Any) -> bool:
+        """Send a control frame as ``send`` does; return whether the worker can still hear it."""
+        try:
+            self.send(message)
+        except (QueueEnded, QueueClosed):
+            return False
+        self._tell_work()
+        return True
+
+    def grant(self, credits: int) -> None:
+        """Allow the worker to collect ``credits`` more experiences."""
+        if credits > 0 and self._lost is None:
+            self._receiver.granted += credits
+            self.experience.grant(credits)
+            self._tell_work()
+
+    async def ask(self, sequence: int, name: str, frame: Any, timeout: float) -> Any:
+        """Send a packed control frame and wait for its answer.
+
+        Safe to cancel: a late answer is dropped.
+
+        Raises:
+            CommandError: The worker answered with an error.
+            CommandTimeout: It did not answer within ``timeout`` seconds.
+            WorkerLost: It died before it answered.
+        """
+        if self._lost is not None:
+            raise copy_of(self._lost)
+        future = self._requests.open_command(sequence, name)
+        # Not asyncio.timeout: this path is every command's, and a bare timer is a third of it.
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(timeout, self._expire, future, name, timeout)
+        self._tell_work()
+        try:
+            # The supervisor tells why a worker died, through the future.
+            with contextlib.suppress(QueueEnded):
+                self._send(frame)
+            return await future
+        finally:
+            timer.cancel()
+            self._requests.close_command(sequence)
+
+    def _expire(self, future: asyncio.Future[Any], name: str, timeout: float) -> None:
+        if not future.done():
+            future.set_exception(
+                CommandTimeout(
+                    f"worker {self.worker_id} did not answer {name!r} within {timeout:g} s; it is "
+                    f"in {self.phase.name.lower()}",
+                    self.worker_id,
+                    self.incarnation,
+                )
+            )
+
+    def announce(self, frame: Any, fd: int | None = None) -> None:
+        """Send a packed frame about weights, unless the worker is dying or has 200 of them unread.
+
+        A worker that misses an announcement owes the newest weights all the same.
+        """
+        with contextlib.suppress(QueueWouldBlock, QueueEnded, QueueClosed):
+            self.model.put_nowait(frame, [] if fd is None else [fd])
+            self._tell_work()
+
+    def ask_for_version(self, version: int) -> asyncio.Future[int]:
+        """Have the worker load weights; return a future of the version that it acknowledges.
+
+        That is ``version`` or a newer one. The future raises ``WorkerLost`` if the worker dies.
+        """
+        future = self._requests.open_version(version)
+        if self._lost is not None:
+            future.set_exception(copy_of(self._lost))
+        else:
+            self.announce(messages.pack(messages.Announcement(version, acknowledge=True)))
+        return future
+
+    def _tell_work(self) -> None:
+        owner = self._receiver.owner
+        if owner is not None:
+            owner.on_work()
+
+    @property
+    def granted(self) -> int:
+        """Experiences that the worker was allowed to collect so far."""
+        return self._receiver.granted
+
+    @property
+    def received(self) -> int:
+        """Experiences that have arrived."""
+        return self._receiver.received
+
+    @property
+    def outstanding(self) -> int:
+        """Experiences that the worker may collect or is collecting."""
+        return self._receiver.outstanding
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether an answer, or the loading of weights, is awaited."""
+        return bool(self._requests)
+
+    @property
+    def takes_weights(self) -> bool | None:
+        """Whether the worker can load weights; ``None`` until it is ready."""
+        return self._receiver.takes_weights
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker has announced that its start is finished."""
+        return self._receiver.takes_weights is not None
+
+    @property
+    def has_said_farewell(self) -> bool:
+        """Whether the worker has announced its end: a goodbye, or a hook that raised."""
+        return self._receiver.goodbye is not None or self._receiver.failed is not None
+
+    @property
+    def phase(self) -> Phase:
+        """What the worker says it is doing."""
+        return self.status.phase
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the worker's process is known to have ended."""
+        return self._lost is not None
+
+    # its end
+
+    async def read_arrived(self) -> None:
+        """Deliver every experience that the worker has sent up to this moment."""
+        await self._receiver.read_arrived()
+
+    async def read_to_the_end(self) -> None:
+        """Deliver everything that the worker has sent; call it once its process has ended."""
+        await self._receiver.read_to_the_end()
+
+    def last_words(self) -> LastWords:
+        """Return what the worker left behind; ``read_to_the_end`` comes before."""
+        status = self.status
+        failed, goodbye = self._receiver.failed, self._receiver.goodbye
+        return LastWords(
+            said_goodbye=goodbye is not None,
+            recycle=goodbye.recycle if goodbye is not None else "",
+            failure=failed.message if failed is not None else "",
+            traceback=failed.traceback if failed is not None else None,
+            phase=failed.phase if failed is not None else status.phase.name.lower(),
+            version=status.version,
+            experiences_lost=max(0, status.begun - self.received),
+            commands_lost=self._requests.num_unanswered,
+            last_command=self._requests.name_of(status.command),
+            rss=status.rss,
+        )
+
+    def lose(self, error: WorkerError) -> None:
+        """Fail everybody who still waits for this incarnation, and close the queues.
+
+        Batches that were delivered stay valid. Again has no effect.
+        """
+        if self._lost is None:
+            self._lost = error
+            self._receiver.close()
+            self.model.close()
+            self.control.close()
+            if self._theirs is not None:
+                self._theirs.close()
+            self.status.close()
+            self._requests.fail(error)
+
+
+def _pair(
+    credit: int | None, undo: contextlib.ExitStack, *, manual: bool = False
+) -> tuple[FrameWriter, FrameReader]:
+    """Make a queue's two ends, which ``undo`` closes."""
+    near, far = socket.socketpair()
+    writer = FrameWriter(near, credit)
+    reader = FrameReader(far, "manual" if manual else "each")
+    undo.callback(writer.close)
+    undo.callback(reader.close)
+    return writer, reader
+
+
+__all__ = ["Line"]

@@ -1,0 +1,139 @@
+"""How long callbacks hold an event loop up, by a clock that a busy machine does not spoil."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+MAX_BLOCKED = 0.02
+"""Seconds for which one callback may keep all others from running."""
+_TICK = 0.005
+
+
+class Blocked(NamedTuple):
+    """The callback that took longest, in seconds of its own."""
+
+    seconds: float
+    by: str
+
+    def __str__(self) -> str:
+        return f"the event loop was blocked for {1000 * self.seconds:.0f} ms by {self.by}"
+
+
+class _Delays:
+    """How long threads of this process could run and did not get a processor, as Linux counts it.
+
+    A thread that computes counts nothing, nor does a thread that sleeps or waits for a reader: both
+    hold the loop up by themselves. What counts is the time of others that the loop's thread stands
+    in the queue for a processor; or that another thread does, which may hold the interpreter's lock
+    meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[int, int] = {}
+        self._nanoseconds: dict[int, int] = {}
+
+    def total(self) -> float:
+        """Return the seconds of all Python threads together, those that have ended included."""
+        for thread in threading.enumerate():
+            if thread.native_id is not None:
+                self._look_at(thread.native_id)
+        return sum(self._nanoseconds.values()) / 1e9
+
+    def _look_at(self, thread: int) -> None:
+        with contextlib.suppress(OSError):  # it has just ended
+            if thread not in self._files:
+                path = f"/proc/self/task/{thread}/schedstat"
+                self._files[thread] = os.open(path, os.O_RDONLY)
+            self._nanoseconds[thread] = int(os.pread(self._files[thread], 100, 0).split()[1])
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+
+
+@contextlib.contextmanager
+def unblocked() -> Iterator[None]:
+    """Hold that nothing keeps the running event loop for more than 20 ms.
+
+    No callback does, ours or asyncio's, nor does a thread that keeps the interpreter's lock: a
+    timer that is due is never late for longer. The test's own steps count too: what takes long is
+    prepared, and looked at, outside. Nothing is held if the body raises.
+    """
+    with measured_loop(asyncio.get_running_loop()) as worst:
+        yield
+    assert worst().seconds <= MAX_BLOCKED, str(worst())
+
+
+@contextlib.contextmanager
+def measured_loop(
+    ticking: asyncio.AbstractEventLoop | None = None,
+) -> Iterator[Callable[[], Blocked]]:
+    """Measure how long each callback of this thread's event loop holds it up.
+
+    Not counted is what others take: see ``_Delays``; and full runs of the garbage collector, which
+    fall to whoever allocates next and go over all objects of the process: a tenth of a second in
+    a run of the whole suite.
+
+    Args:
+        ticking: Also measure how late a timer of this loop is, which is set again and again.
+
+    Yields:
+        A function that returns the worst callback so far.
+    """
+    worst = Blocked(0.0, "")
+    run = asyncio.Handle._run
+    loop_thread = threading.get_ident()
+    delays = _Delays()
+    collecting = collected = 0.0
+    timer: asyncio.TimerHandle | None = None
+
+    def on_collection(phase: str, _: dict[str, int]) -> None:
+        nonlocal collecting, collected
+        if phase == "start":
+            collecting = time.perf_counter()
+        else:
+            collected += time.perf_counter() - collecting
+
+    def of_others() -> float:
+        return collected + delays.total()
+
+    def blame(seconds: float, others: float, by: Callable[[], str]) -> None:
+        nonlocal worst
+        if seconds > worst.seconds:
+            seconds -= of_others() - others
+            if seconds > worst.seconds:
+                worst = Blocked(seconds, by())
+
+    def tick(loop: asyncio.AbstractEventLoop, due: float, others: float) -> None:
+        nonlocal timer
+        blame(loop.time() - due, others, lambda: "a thread, or several callbacks")
+        due = loop.time() + _TICK
+        timer = loop.call_at(due, tick, loop, due, of_others())
+
+    def timed(handle: asyncio.Handle) -> None:
+        if threading.get_ident() != loop_thread:
+            run(handle)
+            return
+        others, began = of_others(), time.perf_counter()
+        run(handle)
+        blame(time.perf_counter() - began, others, lambda: repr(handle))
+
+    asyncio.Handle._run = timed  # type: ignore[method-assign]
+    gc.callbacks.append(on_collection)
+    if ticking is not None:
+        tick(ticking, ticking.time(), of_others())
+    try:
+        yield lambda: worst
+    finally:
+        if timer is not None:
+            timer.cancel()
+        gc.callbacks.remove(on_collection)
+        asyncio.Handle._run = run  # type: ignore[method-assign]
+        delays.close()
