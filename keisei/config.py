@@ -72,7 +72,8 @@ class RestartPolicy(_Values, frozen=True):
 
     Attributes:
         max_restarts: Failures that ``restart_window`` may hold (OTP's restart intensity); with one
-            more the pool escalates, as ``on_exhausted`` says.
+            more the pool escalates, as ``on_exhausted`` says. It is meant for up to eight slots;
+            a larger pool may fail in proportion to its slots.
         restart_window: Seconds for which a failure counts.
         backoff_base: Seconds. The first restart of a slot is immediate; before the restart that
             follows the n-th failure in a row the pool waits a random time, at most

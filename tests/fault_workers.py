@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from keisei.child.process import Inherited
-from keisei.ipc.layout import Layout, describe
+from keisei.ipc.layout import describe
 from keisei.ipc.weights import WeightsPublisher
 from keisei.protocol import messages
 from keisei.testing import failpoints
@@ -533,10 +533,10 @@ def _frame_about(**lie: Any) -> bytes:
         "sequence": 0,
         "version": 0,
         "segment": 0,
-        "slot": 0,
+        "segment_nbytes": 0,
+        "cell": 0,
         "stride": 64,
         "layout": describe({"x": torch.zeros(1)}),
-        "new_segment": False,
         "num_steps": 1,
         "info": None,
         "seed": 0,
@@ -558,22 +558,22 @@ def a_missing_segment() -> None:
     _send(_frame_about(segment=77))
 
 
-def a_slot_beyond_the_segment() -> None:
+def a_cell_beyond_the_segment() -> None:
     """Speak of memory beyond the end of what is shared."""
-    _send(_frame_about(slot=1 << 40))
+    _send(_frame_about(cell=1000))
 
 
 def a_descriptor_that_is_missing() -> None:
-    _send(_frame_about(segment=1, new_segment=True))
+    _send(_frame_about(segment=1, segment_nbytes=8192))
 
 
-def a_field_beyond_the_slot() -> None:
-    """Speak of a tensor that is larger than its slot."""
+def a_field_beyond_the_cell() -> None:
+    """Speak of a tensor that is larger than its cell."""
     _send(_frame_about(layout=describe({"x": torch.zeros(1 << 20)})))
 
 
 def no_layout_that_was_told() -> None:
-    _send(_frame_about(layout=Layout))
+    _send(_frame_about(layout=None))
 
 
 def a_message_without_its_fields() -> None:
@@ -594,9 +594,9 @@ LIES = [
     another_thing,
     a_bomb,
     a_missing_segment,
-    a_slot_beyond_the_segment,
+    a_cell_beyond_the_segment,
     a_descriptor_that_is_missing,
-    a_field_beyond_the_slot,
+    a_field_beyond_the_cell,
     no_layout_that_was_told,
     a_message_without_its_fields,
     an_enormous_length,

@@ -102,7 +102,7 @@ def hello(factory: bytes, worker_id: int, communicator: WorkerCommunicator) -> m
         device="cpu",
         weights_version=0,
         threads=1,
-        slots=communicator.max_queue_size,
+        cells=communicator.max_queue_size,
         paused=False,
         max_experiences=None,
         max_rss=None,

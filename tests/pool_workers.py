@@ -274,6 +274,13 @@ class Stubborn(Counting):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+class Lingering(Counting):
+    """Leaves a thread behind that keeps its process from ending."""
+
+    def teardown(self) -> None:
+        threading.Thread(target=threading.Event().wait).start()
+
+
 class Reporting(Counting):
     """Says at a gate, in its teardown, how many experiences it has delivered."""
 

@@ -86,7 +86,7 @@ class LocalProcess:
 
     def _settle(self, code: int | None) -> None:
         self._unwatch()
-        if not self._exit.done():
+        if not self._exit.done() and not self._loop.is_closed():
             self._exit.set_result(code)
 
     def terminate(self) -> None:

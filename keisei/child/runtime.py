@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from keisei.child.isolation import Isolation
 from keisei.exceptions import QueueEnded, SerializationError
 from keisei.ipc import failures, serialize
-from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_reader import Frame, FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.layout import Layout, describe
 from keisei.ipc.ring import RingWriter
 from keisei.ipc.status import Phase
 from keisei.ipc.weights import WeightsReader
+from keisei.ipc.wire import Payload
 from keisei.protocol import messages
 from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.worker import Experience, Worker, WorkerContext
@@ -106,9 +107,9 @@ class WorkerRuntime:
 
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
-        self._hello = hello = messages.unpack(frame)
+        self._hello = hello = messages.unpack(frame, messages.CONTROL)
         self._paused = hello.paused
-        self._ring = RingWriter(hello.slots + 2)
+        self._ring = RingWriter(hello.cells + 2)
         self._closing.callback(self._ring.close)
         self._ends.control.listen(self._wake.set)
         self._ends.model.listen(self._wake.set)
@@ -245,19 +246,19 @@ class WorkerRuntime:
         """Copy one experience into shared memory and send the frame about it."""
         experience = result if isinstance(result, Experience) else Experience(result)
         try:
-            place, fds = self._ring.write(experience.data)
+            ref, fds = self._ring.write(experience.data)
             info = experience.info
             committed = self._status.committed
             payload = messages.pack(
                 messages.ExperienceFrame(
                     sequence=committed,
                     version=self._version,
-                    segment=place.segment,
-                    slot=place.slot,
-                    stride=place.stride,
-                    layout=None if place.layout is self._told_layout else place.layout,
-                    new_segment=bool(fds),
-                    num_steps=_num_steps(experience, place.layout),
+                    segment=ref.segment,
+                    segment_nbytes=ref.segment_nbytes if fds else 0,
+                    cell=ref.cell,
+                    stride=ref.stride,
+                    layout=None if ref.layout is self._told_layout else ref.layout,
+                    num_steps=_num_steps(experience, ref.layout),
                     info=serialize.dumps(dict(info), "Experience.info") if info else None,
                     seed=self._hello.seed,
                 )
@@ -268,12 +269,12 @@ class WorkerRuntime:
         if committed & _RSS_MASK == 0:
             self._status.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         await self._send(self._ends.experience, payload, fds)
-        self._told_layout = place.layout
+        self._told_layout = ref.layout
         if fds:
             self._ring.told()
 
     @staticmethod
-    async def _send(writer: FrameWriter, payload: bytes, fds: Sequence[int] = ()) -> None:
+    async def _send(writer: FrameWriter, payload: Payload, fds: Sequence[int] = ()) -> None:
         """Send a frame whole, before the next collect keeps the loop from it."""
         await writer.put(payload, fds=fds)
         if writer.is_sending:
@@ -327,9 +328,9 @@ class WorkerRuntime:
 
     def _hear_announcements(self) -> None:
         for payload, fds in _frames(self._ends.model):
-            message = messages.unpack(payload)
+            message = messages.unpack(payload, messages.MODEL, fds)
             if isinstance(message, messages.Arena):
-                self._weights = WeightsReader(fds[0], message.layout)
+                self._weights = WeightsReader(fds.claim(), message.layout)
             elif message.acknowledge:
                 self._owed_version = max(self._owed_version, message.version)
 
@@ -337,8 +338,8 @@ class WorkerRuntime:
 
     async def _obey(self) -> None:
         """Handle every control frame that has arrived, in order."""
-        for payload, _ in _frames(self._ends.control):
-            message = messages.unpack(payload)
+        for payload, fds in _frames(self._ends.control):
+            message = messages.unpack(payload, messages.CONTROL, fds)
             if isinstance(message, messages.Command):
                 await self._answer(message)
             elif isinstance(message, messages.Pause):
@@ -416,7 +417,7 @@ class WorkerRuntime:
         )
 
 
-def _frames(reader: FrameReader) -> Iterator[tuple[memoryview, list[int]]]:
+def _frames(reader: FrameReader) -> Iterator[Frame]:
     """Take the frames that have arrived; what comes meanwhile is the next event's."""
     with contextlib.suppress(QueueEnded):
         frame = reader.pop()

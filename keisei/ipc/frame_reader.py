@@ -19,7 +19,8 @@ from keisei.exceptions import (
     QueueTimeout,
     QueueWouldBlock,
 )
-from keisei.ipc import wire
+from keisei.ipc import forks, wire
+from keisei.ipc.descriptors import NO_DESCRIPTORS, Descriptors
 from keisei.ipc.watch import Watch, deadline_after
 
 Acknowledge = Literal["each", "manual"]
@@ -27,12 +28,15 @@ Acknowledge = Literal["each", "manual"]
 _INT = array.array("i").itemsize
 _FD_SPACE = socket.CMSG_SPACE(wire.MAX_FDS * _INT)
 
+Frame = tuple[memoryview, Descriptors]
+
 
 class FrameReader:
     """The receiving end: one process, one event loop.
 
-    A frame is a writable buffer of its own and the descriptors that came with it, which the
-    receiver of the frame owns.
+    A frame is a writable buffer of its own and the descriptors that came with it: those that the
+    receiver of the frame does not claim are closed with it. A writer that sends descriptors beyond
+    those that its frames name breaks the queue.
 
     Attributes:
         taken: Frames taken so far.
@@ -50,11 +54,11 @@ class FrameReader:
         self._sock = sock
         self._acknowledge = acknowledge
         self._owed = 0
-        self._frames: deque[tuple[memoryview, list[int]]] = deque()
+        self._frames: deque[Frame] = deque()
         self._fds: deque[int] = deque()
         self._head = bytearray()
         self._body: memoryview | None = None
-        self._body_fds: list[int] = []
+        self._body_fds = NO_DESCRIPTORS
         self._filled = 0
         self._end: QueueError | None = None
         self._closed = False
@@ -62,6 +66,7 @@ class FrameReader:
         self.taken = 0
         self._arrived = Watch(sock.fileno(), writing=False, work=self._arrive)
         self._tellable = Watch(sock.fileno(), writing=True, work=self._tell)
+        forks.own(self)
 
     def fileno(self) -> int:
         """Return the descriptor, which stays this end's."""
@@ -77,7 +82,7 @@ class FrameReader:
         """Why no more frames will arrive, or ``None``."""
         return self._end
 
-    def get_nowait(self) -> tuple[memoryview, list[int]]:
+    def get_nowait(self) -> Frame:
         """Take the next frame.
 
         Raises:
@@ -92,7 +97,7 @@ class FrameReader:
             raise QueueWouldBlock("the queue is empty")
         return frame
 
-    def pop(self) -> tuple[memoryview, list[int]] | None:
+    def pop(self) -> Frame | None:
         """Take the next frame as ``get_nowait`` does; ``None`` if no whole one is here."""
         if self._closed:
             raise QueueClosed("get on a queue whose reading end was closed")
@@ -110,7 +115,7 @@ class FrameReader:
             raise type(self._end)(*self._end.args)
         return None
 
-    async def get(self, timeout: float | None = None) -> tuple[memoryview, list[int]]:
+    async def get(self, timeout: float | None = None) -> Frame:
         """Wait for the next frame.
 
         Safe to cancel: a frame is either returned or stays in the queue.
@@ -226,9 +231,26 @@ class FrameReader:
             self._finish()
         elif data:
             self._parse(memoryview(data))
+            if self._fds:
+                self._check_unnamed()
         else:
             self._complete()
         return count, is_cut
+
+    def _check_unnamed(self) -> None:
+        """Look at descriptors that no frame has named when what came with them is parsed.
+
+        They may wait for the rest of a header, for nothing else: they come with the last bytes of
+        what one call receives, and with the first byte of their frame.
+        """
+        if not self._head or len(self._fds) > wire.MAX_FDS:
+            self._break("the writer sent descriptors that no frame names")
+
+    def _break(self, why: str) -> None:
+        """Take no more from this writer."""
+        self._end = self._end or QueueBroken(why)
+        while self._fds:
+            os.close(self._fds.popleft())
 
     def _parse(self, data: memoryview) -> None:
         if self._body is None and not self._head:
@@ -262,31 +284,30 @@ class FrameReader:
             if end > size:
                 break
             body = bytearray(data[at + wire.HEADER.size : end])
-            self._frames.append((memoryview(body), []))
+            self._frames.append((memoryview(body), NO_DESCRIPTORS))
             at = end
         return at
 
     def _begin(self, nbytes: int, num_fds: int) -> None:
         """Begin a frame; its descriptors came with its first byte."""
         if num_fds > len(self._fds):
-            self._end = QueueBroken("descriptors were lost on the way: too many are open here")
+            self._break("descriptors were lost on the way: too many are open here")
             return
         try:
-            # A large bytearray would be cleared at once, for longer than a loop may wait.
-            is_large = nbytes > wire.SHARE
-            body = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE) if is_large else bytearray(nbytes)
-        except (MemoryError, OSError):
-            self._end = QueueBroken(f"there is no memory for a frame of {nbytes} bytes")
+            body = bytearray(nbytes) if nbytes <= wire.SHARE else _lazy(nbytes)
+        except (MemoryError, OSError, OverflowError):
+            self._break(f"there is no memory for a frame of {nbytes} bytes")
             return
         self._body = memoryview(body)
-        self._body_fds = [self._fds.popleft() for _ in range(num_fds)]
+        if num_fds:
+            self._body_fds = Descriptors(self._fds.popleft() for _ in range(num_fds))
         self._filled = 0
         self._complete()
 
     def _complete(self) -> None:
         if self._body is not None and self._filled == len(self._body):
             self._frames.append((self._body, self._body_fds))
-            self._body, self._body_fds = None, []
+            self._body, self._body_fds = None, NO_DESCRIPTORS
 
     def _finish(self) -> None:
         if self._body is not None or self._head:
@@ -322,9 +343,24 @@ class FrameReader:
         self._arrived.close()
         self._tellable.close()
         for _, fds in self._frames:
-            self._fds.extend(fds)
-        self._fds.extend(self._body_fds)
+            fds.close()
         self._frames.clear()
-        self._body, self._body_fds = None, []
+        self._body_fds.close()
+        self._body, self._body_fds = None, NO_DESCRIPTORS
         while self._fds:
             os.close(self._fds.popleft())
+
+    def disown(self) -> None:
+        """Close a forked child's copy of this end; the parent's queue goes on unnoticed."""
+        self._arrived.disown()
+        self._tellable.disown()
+        self.close()
+
+
+def _lazy(nbytes: int) -> mmap.mmap:
+    """Return room for a large frame, whose pages come into being as they are filled.
+
+    So a header that claims more than ever arrives costs addresses and no memory. A large bytearray
+    would be cleared at once, besides, for longer than a loop may wait.
+    """
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import array
+import itertools
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from keisei.exceptions import QueueClosed, QueueEnded, QueueError, QueueTimeout, QueueWouldBlock
-from keisei.ipc import wire
+from keisei.ipc import forks, wire
 from keisei.ipc.watch import Watch, deadline_after
 
 _CREDITS_AT_ONCE = 1024
@@ -36,6 +37,7 @@ class FrameWriter:
         self.acknowledged = 0
         self._credited = Watch(sock.fileno(), writing=False, work=self._hear)
         self._drained = Watch(sock.fileno(), writing=True, work=self._flush)
+        forks.own(self)
 
     @property
     def credit(self) -> int | None:
@@ -68,11 +70,11 @@ class FrameWriter:
         self._check()
         return self.credit
 
-    def put_nowait(self, payload: bytes | memoryview, fds: Sequence[int] = ()) -> None:
+    def put_nowait(self, payload: wire.Payload, fds: Sequence[int] = ()) -> None:
         """Send one frame, with copies of ``fds``, or nothing at all.
 
-        What the operating system does not take at once is sent by the running loop, so do not
-        alter ``payload`` afterwards.
+        What the operating system does not take at once is sent by the running loop, in shares and
+        without a copy, so do not alter ``payload`` afterwards.
 
         Raises:
             QueueWouldBlock: The queue is full; or the operating system's buffer is, and nothing
@@ -95,40 +97,47 @@ class FrameWriter:
             raise QueueWouldBlock("the queue is full")
         if len(fds) > wire.MAX_FDS:
             raise ValueError(f"a frame carries up to {wire.MAX_FDS} descriptors, not {len(fds)}")
-        if isinstance(payload, memoryview):
-            payload = payload.cast("B")
-        size = len(payload)
+        size = wire.nbytes_of(payload)
         header = wire.HEADER.pack(size | len(fds) << wire.LENGTH_BITS)
-        done = 0 if self._unsent else self._send(header, payload, fds)
+        parts = (header, *payload) if isinstance(payload, tuple) else (header, payload)
+        done = 0 if self._unsent else self._send(parts, fds)
         if not done and (fds or self._bound is None):
             raise QueueWouldBlock("the frames before are still on their way")
         self.sent += 1
         if done < len(header) + size:
-            self._keep(header, done)
-            self._keep(payload, done - len(header))
+            self._keep(parts, done)
             self._drained.begin()
 
-    def _keep(self, part: bytes | memoryview, done: int) -> None:
-        """Keep for later what remains of ``part`` when ``done`` bytes of it are sent."""
-        if done < len(part):
-            self._unsent.append(memoryview(part)[max(0, done) :])
+    def _keep(self, parts: Sequence[wire.Part], done: int) -> None:
+        """Keep for later what remains of a frame when ``done`` bytes of it are sent."""
+        self._unsent.extend(memoryview(part).cast("B") for part in parts if len(part))
+        self._take_off(done)
 
-    def _send(self, header: bytes, body: bytes | memoryview, fds: Sequence[int]) -> int:
-        """Return how many bytes the operating system takes."""
-        if len(body) > wire.SHARE:
-            body = memoryview(body)[: wire.SHARE]
+    def _take_off(self, done: int) -> None:
+        """Forget the first ``done`` bytes of what was to be sent."""
+        while done:
+            part = self._unsent[0]
+            if done < len(part):
+                self._unsent[0] = part[done:]
+                return
+            done -= len(part)
+            self._unsent.popleft()
+
+    def _send(self, parts: Sequence[wire.Part], fds: Sequence[int]) -> int:
+        """Return how many bytes of a frame the operating system takes."""
         rights: tuple[Any, ...] = ()
         if fds:
             rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)),)
         try:
-            return self._sock.sendmsg((header, body), rights, wire.SEND_FLAGS)
+            share = _share_of(parts, wire.HEADER.size + wire.SHARE)
+            return self._sock.sendmsg(share, rights, wire.SEND_FLAGS)
         except BlockingIOError:
             return 0
         except ConnectionError as error:
             raise self._end(error) from error
 
     async def put(
-        self, payload: bytes | memoryview, *, fds: Sequence[int] = (), timeout: float | None = None
+        self, payload: wire.Payload, *, fds: Sequence[int] = (), timeout: float | None = None
     ) -> None:
         """Send one frame as soon as there is room; do not alter ``payload`` afterwards.
 
@@ -173,19 +182,16 @@ class FrameWriter:
         """Send a share of what is unsent; return whether more is left."""
         share = wire.SHARE
         while self._unsent and share > 0:
-            part = self._unsent[0]
+            parts = _share_of(tuple(itertools.islice(self._unsent, wire.MAX_PARTS)), share)
             try:
-                done = self._sock.send(part[:share], wire.SEND_FLAGS)
+                done = self._sock.sendmsg(parts, (), wire.SEND_FLAGS)
             except BlockingIOError:
                 break
             except OSError as error:
                 self._end(error)
                 break
             share -= done
-            if done == len(part):
-                self._unsent.popleft()
-            else:
-                self._unsent[0] = part[done:]
+            self._take_off(done)
         return bool(self._unsent)
 
     def _hear(self) -> bool:
@@ -263,3 +269,21 @@ class FrameWriter:
         self._unsent.clear()
         self._credited.close()
         self._drained.close()
+
+    def disown(self) -> None:
+        """Close a forked child's copy of this end; the parent's queue goes on unnoticed."""
+        self._credited.disown()
+        self._drained.disown()
+        self.close()
+
+
+def _share_of(parts: Sequence[wire.Part], share: int) -> Sequence[wire.Part]:
+    """Return the beginning of ``parts`` that one system call may move."""
+    taken: list[wire.Part] = []
+    for part in parts[: wire.MAX_PARTS]:
+        if share <= 0:
+            break
+        whole = memoryview(part).cast("B") if isinstance(part, memoryview) else part
+        taken.append(whole if len(whole) <= share else memoryview(whole)[:share])
+        share -= len(whole)
+    return taken

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from keisei.ipc.memory import round_up
+from keisei.ipc.wire import ALIGNMENT
 
-ALIGNMENT = 64
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    # torch.frombuffer ends the process by SIGSEGV where it is asked for quantized tensors.
+    if isinstance(dtype, torch.dtype) and not str(dtype).startswith(("torch.qint", "torch.quint"))
+}
+"""The dtypes of tensors that can lie in shared memory, by name."""
 
 
 class Field(NamedTuple):
@@ -74,7 +82,7 @@ class Views:
 
     @staticmethod
     def _prepared(field: Field) -> tuple[str, torch.dtype, int, int, tuple[int, ...]]:
-        dtype: torch.dtype = getattr(torch, field.dtype)
+        dtype = DTYPES[field.dtype]
         return field.name, dtype, field.nbytes // dtype.itemsize, field.offset, field.shape
 
     def on(self, buffer: Any, base: int = 0) -> dict[str, torch.Tensor]:
@@ -92,6 +100,7 @@ class Views:
         return views
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name under which ``torch`` knows ``dtype``, such as "float32"."""
     return str(dtype).removeprefix("torch.")
@@ -100,3 +109,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def describe(tensors: Mapping[str, torch.Tensor]) -> Layout:
     """Lay out the tensors of a mapping, in its order."""
     return Layout.of((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+
+
+__all__ = ["ALIGNMENT", "DTYPES", "Field", "Layout", "Views", "describe", "dtype_name"]

@@ -1,18 +1,28 @@
-"""Anonymous shared memory: no name, so nothing can leak, and every page is reserved up front."""
+"""Anonymous shared memory: no name, every page reserved up front, and its size sealed.
+
+Whoever receives a descriptor can neither shrink nor grow the memory, so no process can end
+another one by SIGBUS. Where the kernel refuses seals, memory is shared without them.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
+import stat
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from keisei.ipc import forks, kernel
+
 PAGE = mmap.PAGESIZE
+
+
+class NotShared(ValueError):
+    """A descriptor is not the memory that its sender says it is."""
 
 
 def round_up(size: int, step: int) -> int:
@@ -20,12 +30,13 @@ def round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
-def create(size: int, name: str = "keisei") -> tuple[int, mmap.mmap]:
+def create(size: int, name: str = "keisei", *, writable: bool = True) -> tuple[int, mmap.mmap]:
     """Make ``size`` bytes of zeroed shared memory.
 
     Args:
         size: Bytes, rounded up to whole pages.
         name: Shown in ``/proc/<pid>/maps``; it is not a path.
+        writable: Whether other processes may write there; the mapping returned is writable.
 
     Returns:
         A descriptor to hand to the other process, which the caller closes, and the mapping. The
@@ -36,30 +47,100 @@ def create(size: int, name: str = "keisei") -> tuple[int, mmap.mmap]:
             keeps a later write from ending the process by SIGBUS.
     """
     size = max(round_up(size, PAGE), PAGE)
-    fd = anonymous_file(name)
+    fd = kernel.open_nameless(name)
     try:
-        if hasattr(os, "posix_fallocate"):
+        if kernel.can_reserve():
             os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)
-        return fd, _mapped(fd, size)
-    except BaseException:
+        whole = _mapped(fd, size)
+        if kernel.can_seal():
+            protect = not writable and kernel.can_seal_writes()
+            seals = kernel.SIZE_SEALS | (kernel.WRITE_SEAL if protect else 0)
+            fcntl.fcntl(fd, kernel.F_ADD_SEALS, seals)
+        return fd, whole
+    except BaseException as error:
         os.close(fd)
+        if isinstance(error, OSError):
+            raise _with_size(error, size) from error
         raise
 
 
-def attach(fd: int) -> mmap.mmap:
-    """Map memory received from another process; takes ``fd`` over and closes it."""
+def _with_size(error: OSError, size: int) -> OSError:
+    return OSError(error.errno, f"{error.strerror} ({size:,} bytes of shared memory)")
+
+
+def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.mmap:
+    """Map memory received from another process; takes ``fd`` over and closes it.
+
+    Args:
+        fd: The descriptor, which may be anything.
+        size: What it must have, in bytes, rounded up to whole pages; ``None`` takes any.
+        writable: Whether the mapping is; what was made with ``writable=False`` cannot be.
+
+    Raises:
+        NotShared: It is not memory from ``create``, its size could still be changed, or is not
+            ``size``. Nothing was mapped.
+        OSError: It cannot be mapped.
+    """
     try:
-        return _mapped(fd, os.fstat(fd).st_size)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size <= 0:
+            raise NotShared("the descriptor is not shared memory")
+        if size is not None and status.st_size != max(round_up(size, PAGE), PAGE):
+            raise NotShared(f"shared memory of {status.st_size} bytes is said to have {size}")
+        if kernel.can_seal():
+            seals = kernel.seals(fd)
+            if seals is None or seals & kernel.SIZE_SEALS != kernel.SIZE_SEALS:
+                raise NotShared("the size of shared memory is not sealed")
+        return _mapped(fd, status.st_size, writable=writable)
     finally:
         os.close(fd)
 
 
-def _mapped(fd: int, size: int) -> mmap.mmap:
+def _mapped(fd: int, size: int, *, writable: bool = True) -> mmap.mmap:
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
     if sys.version_info >= (3, 13):
-        return mmap.mmap(fd, size, trackfd=False)
-    return mmap.mmap(fd, size)  # keeps a copy of the descriptor as long as it lives
+        return mmap.mmap(fd, size, access=access, trackfd=False)
+    return mmap.mmap(fd, size, access=access)  # keeps a copy of the descriptor as long as it lives
+
+
+class _Buffer(ctypes.Structure):
+    """The ``Py_buffer`` of Python's stable C interface."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def readable(whole: mmap.mmap) -> ctypes.Array[Any]:
+    """Return a buffer on a read-only mapping that claims to be writable, and keeps it alive.
+
+    torch has no read-only tensors: on a buffer that says it is read-only, it warns once in every
+    process. Writing to this one ends the process by SIGSEGV, so it never leaves the package.
+    """
+    found = _Buffer()
+    get, release = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
+    get(ctypes.py_object(whole), ctypes.byref(found), 0)
+    try:
+        address, nbytes = found.buf or 0, found.len
+    finally:
+        release(ctypes.byref(found))
+    kind: Any = type("Window", (ctypes.c_ubyte * nbytes,), {})
+    window = kind.from_address(address)
+    window.whole = whole
+    kept: ctypes.Array[Any] = window
+    return kept
 
 
 def part(
@@ -68,24 +149,27 @@ def part(
     """Return a buffer on a part of ``whole``.
 
     Whatever is built on the buffer keeps it alive; when nothing does any more, ``on_unused`` is
-    called, in whatever thread that happens.
+    called, in whatever thread that happens. A forked child that lets go of its copy calls nothing:
+    the part is its parent's.
     """
     buffer = _buffer_type(nbytes).from_buffer(whole, start)
     buffer.on_unused = on_unused
+    buffer.generation = forks.generation
     part: ctypes.Array[Any] = buffer
     return part
+
+
+def _on_unused(buffer: Any) -> None:
+    if buffer.generation == forks.generation:
+        buffer.on_unused()
 
 
 @lru_cache(maxsize=64)
 def _buffer_type(nbytes: int) -> Any:
     # Not weakref.finalize: this is every batch's path, and that would be half of it.
-    return type("Part", (ctypes.c_ubyte * nbytes,), {"__del__": lambda self: self.on_unused()})
+    return type("Part", (ctypes.c_ubyte * nbytes,), {"__del__": _on_unused})
 
 
 def anonymous_file(name: str) -> int:
     """Open an empty file without a name, of any size; the caller closes it."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name, os.MFD_CLOEXEC)
-    fd, path = tempfile.mkstemp(prefix=f"{name}-")
-    Path(path).unlink()
-    return fd
+    return kernel.open_nameless(name)

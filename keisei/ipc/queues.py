@@ -7,13 +7,12 @@ reader is ready for, which is how a queue is bounded and how its length is known
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Generic, TypeVar
 
 from keisei.exceptions import QueueClosed, QueueError
 from keisei.ipc import serialize
-from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_reader import Frame, FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.naming import public
 
@@ -135,10 +134,9 @@ class AsyncQueue(Generic[T]):
         return self._value(self._reading_end().get_nowait())
 
     @staticmethod
-    def _value(frame: tuple[memoryview, list[int]]) -> T:
+    def _value(frame: Frame) -> T:
         payload, fds = frame
-        for fd in fds:
-            os.close(fd)  # nothing here could own them
+        fds.close()  # nothing here could own them
         value: T = serialize.loads(payload, "the item")
         return value
 

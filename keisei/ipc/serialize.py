@@ -1,62 +1,35 @@
 """Turn values into frames and back, without torch's own tensor sharing.
 
-torch pickles a tensor through a queue as a descriptor that needs a living producer. Here a
-tensor inside a value travels as plain bytes, so a frame stays readable after its sender died.
+torch pickles a tensor through a queue as a descriptor that needs a living producer. Here a tensor
+inside a value travels as plain bytes, so a frame stays readable after its sender died. A small
+value is one pickle; ``pickling`` has what large ones need.
 """
 
 from __future__ import annotations
 
-import io
+import dis
+import functools
 import pickle
-import sys
-from typing import Any
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from keisei.exceptions import SerializationError
-from keisei.ipc import failures
+from keisei.ipc import failures, pickling
+from keisei.ipc.pickling import PROTOCOL
+from keisei.ipc.sizes import LARGE, is_large
+from keisei.ipc.wire import Payload
 
-PROTOCOL = pickle.HIGHEST_PROTOCOL
-LARGE = 1 << 20
-"""Bytes above which pickling is worth a thread, to keep an event loop responsive."""
+T = TypeVar("T")
 
-
-def _rebuild_tensor(raw: bytearray, dtype: str, shape: tuple[int, ...]) -> Any:
-    import torch
-
-    kind = getattr(torch, dtype)
-    if not raw:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(raw, dtype=torch.uint8).view(kind).view(shape)
+_PLAIN = frozenset({type(None), bool, int, float})
+"""Types of which nothing inside could be large or a tensor."""
+_TEXT = frozenset({str, bytes})
+_RAISE = dis.opmap["RAISE_VARARGS"]
 
 
-def _rebuild_parameter(data: Any, requires_grad: bool) -> Any:
-    import torch
-
-    return torch.nn.Parameter(data, requires_grad)
-
-
-class _Pickler(pickle.Pickler):
-    """Tensors as bytes; everything else as usual."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        torch = sys.modules.get("torch")
-        if torch is None or not isinstance(obj, torch.Tensor):
-            return NotImplemented
-        if type(obj) is torch.nn.Parameter:
-            return _rebuild_parameter, (obj.detach(), obj.requires_grad)
-        if obj.layout is not torch.strided or obj.is_quantized:
-            raise SerializationError(f"a {obj.layout} tensor cannot travel; make it dense first")
-        dense = obj.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-        raw = bytearray(dense.numel() * dense.element_size())
-        if raw:
-            torch.frombuffer(raw, dtype=torch.uint8).copy_(dense.reshape(-1).view(torch.uint8))
-        return _rebuild_tensor, (raw, str(dense.dtype).removeprefix("torch."), tuple(dense.shape))
-
-
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
-"""Types of which nothing inside could be a tensor."""
-
-
-def dumps(value: Any, what: str = "value") -> bytes:
+def dumps(value: Any, what: str = "value") -> Payload:
     """Pickle ``value``, tensors as plain bytes.
 
     Args:
@@ -64,46 +37,78 @@ def dumps(value: Any, what: str = "value") -> bytes:
             the CPU, contiguous and without a graph. Parameters stay parameters.
         what: Names the value in the error.
 
+    Returns:
+        One pickle; or the parts of a large value, which keep no reference to anything that can
+        still change.
+
     Raises:
         SerializationError: If it cannot be pickled, whatever its ``__reduce__`` raised.
     """
-    if type(value) in _PLAIN:
+    kind = type(value)
+    if kind in _PLAIN or (kind in _TEXT and len(value) <= LARGE):
         return pickle.dumps(value, PROTOCOL)
-    buffer = io.BytesIO()
+    dump = pickling.dump_large if is_large(value) else pickling.dump
+    return _packed(dump, value, what)
+
+
+def dumps_whole(value: Any, what: str = "value") -> bytes:
+    """Do as ``dumps``, but return one pickle however large it is, for those who look into it."""
+    return _packed(pickling.dump, value, what)
+
+
+def _packed(dump: Callable[[Any], T], value: Any, what: str) -> T:
     try:
-        _Pickler(buffer, PROTOCOL).dump(value)
-    except KeyboardInterrupt:
-        raise
+        return dump(value)
     except BaseException as error:
+        if _is_from_a_signal(error):
+            raise
         reason = failures.summary(error)
         raise SerializationError(f"{what} cannot be pickled ({reason})") from error
-    return buffer.getvalue()
 
 
-def loads(data: bytes | bytearray | memoryview, what: str = "value") -> Any:
-    """Undo ``dumps``.
+def loads(data: Payload | bytearray, what: str = "value") -> Any:
+    """Undo ``dumps``, also where the parts of a large value stand one behind the other.
+
+    Tensors and arrays of a large value are views of ``data``, which they keep alive, where it can
+    be written to; they are copies where it cannot.
 
     Raises:
-        SerializationError: If it cannot be rebuilt here.
+        SerializationError: If it cannot be rebuilt here, whatever was raised by the value: also
+            SystemExit or KeyboardInterrupt. A Ctrl-C that comes meanwhile passes through.
     """
     try:
+        if isinstance(data, tuple):
+            data = b"".join(data)
+        if len(data) > LARGE or data[:1] == pickling.LARGE_MARK:
+            return pickling.load_large(memoryview(data).cast("B"))
         return pickle.loads(data)
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:
+        if _is_from_a_signal(error):
+            raise
         reason = failures.summary(error)
         raise SerializationError(f"{what} cannot be unpickled ({reason})") from error
 
 
-def estimated_size(value: Any, depth: int = 4) -> int:
-    """Return about how many bytes ``value`` pickles to, looking ``depth`` containers deep."""
-    nbytes = getattr(value, "nbytes", None)
-    if isinstance(nbytes, int):
-        return nbytes
-    if isinstance(value, (bytes, bytearray, str, memoryview)):
-        return len(value)
-    if depth and isinstance(value, dict):
-        return sum(estimated_size(item, depth - 1) for item in value.values())
-    if depth and isinstance(value, (list, tuple, set)):
-        return 8 * len(value) + sum(estimated_size(item, depth - 1) for item in value)
-    return 64
+def _is_from_a_signal(error: BaseException) -> bool:
+    """Tell the user's Ctrl-C from a KeyboardInterrupt that a value raises.
+
+    The former comes from the handler of the signal: one in Python is in the traceback, and the one
+    in C leaves no ``raise`` where the traceback ends.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        return False  # signals are handled in the main thread alone
+    handler: Any = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, functools.partial):
+        handler = handler.func
+    code = getattr(handler, "__code__", None)
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not code:
+        if trace.tb_next is None:
+            return trace.tb_frame.f_code.co_code[trace.tb_lasti] != _RAISE
+        trace = trace.tb_next
+    return True
+
+
+__all__ = ["LARGE", "PROTOCOL", "dumps", "dumps_whole", "is_large", "loads"]

@@ -1,7 +1,8 @@
 """One page of shared memory per process in which a worker says what it is doing.
 
-The worker writes, the supervisor reads, nobody waits. What it says outlives the worker, so an
-incident can tell what was lost.
+The worker writes, the application reads, neither waits. What it says outlives the worker, so an
+incident can tell what was lost. Every read is total: the page may hold anything, and whatever it
+holds is a phase, a time in the past or a number in range.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from keisei.ipc import memory
 
 
 class Phase(enum.IntEnum):
-    """What a worker's main loop is doing."""
+    """What a worker's main loop is doing.
+
+    ``UNKNOWN`` is what the page says where it holds none of the others.
+    """
 
     START = 0
     IDLE = 1
@@ -22,57 +26,72 @@ class Phase(enum.IntEnum):
     COLLECT = 3
     COMMAND = 4
     TEARDOWN = 5
+    UNKNOWN = 6
 
 
 _PHASE, _PROGRESS, _SINCE, _VERSION, _BEGUN, _COMMITTED, _RSS, _COMMANDS = range(8)
+_NUM_WORDS = 8
+_PHASES = tuple(Phase)
+_WORD = (1 << 64) - 1
+MAX_COUNT = (1 << 63) - 1
+"""The largest count that is believed; numbers of this size fit wherever they are told."""
+MAX_BYTES = 1 << 56
+"""The largest memory that is believed: more than any processor can address."""
 
 
 class StatusLine:
     """A worker's line.
 
-    ``since`` is CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share.
+    The application makes it and sees to its size, so a worker can write nonsense there and nothing
+    worse. ``since`` is CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share.
     """
 
     def __init__(self, fd: int | None = None) -> None:
-        """Map the line behind ``fd``, which is taken over, or make a new one."""
+        """Map the line behind ``fd``, which is taken over, or make a new one.
+
+        Raises:
+            OSError: There is no memory for it.
+            NotShared: There is no line behind ``fd``.
+        """
         if fd is None:
             self.fd, shared = memory.create(memory.PAGE, "keisei-status")
         else:
-            self.fd, shared = -1, memory.attach(fd)
-        self._words = memoryview(shared).cast("Q")
+            self.fd, shared = -1, memory.attach(fd, memory.PAGE)
+        self._words: memoryview[int] | list[int] = memoryview(shared).cast("Q")
 
     def enter(self, phase: Phase) -> None:
         """Begin ``phase``; counts as progress."""
         words = self._words
         words[_SINCE] = time.monotonic_ns()
         words[_PHASE] = phase
-        words[_PROGRESS] += 1
+        words[_PROGRESS] = (words[_PROGRESS] + 1) & _WORD
 
     def progress(self) -> None:
         """Say that the current phase is moving."""
         words = self._words
         words[_SINCE] = time.monotonic_ns()
-        words[_PROGRESS] += 1
+        words[_PROGRESS] = (words[_PROGRESS] + 1) & _WORD
 
     @property
     def phase(self) -> Phase:
         """What the main loop is doing."""
-        return Phase(self._words[_PHASE])
+        word = self._words[_PHASE]
+        return _PHASES[word] if word < len(_PHASES) else Phase.UNKNOWN
 
     @property
     def progress_count(self) -> int:
-        """How often the main loop has moved."""
+        """How often the main loop has moved; only a difference says anything."""
         return self._words[_PROGRESS]
 
     @property
     def since(self) -> float:
-        """When it last moved, in seconds of ``time.monotonic()``; 0 is never."""
-        return self._words[_SINCE] / 1e9
+        """When it last moved, in seconds of ``time.monotonic()`` and not after it; 0 is never."""
+        return min(self._words[_SINCE] / 1e9, time.monotonic())
 
     @property
     def version(self) -> int:
         """The weights version that it has applied, or began to apply."""
-        return self._words[_VERSION]
+        return min(self._words[_VERSION], MAX_COUNT)
 
     @version.setter
     def version(self, version: int) -> None:
@@ -81,7 +100,7 @@ class StatusLine:
     @property
     def begun(self) -> int:
         """Experiences that it has begun."""
-        return self._words[_BEGUN]
+        return min(self._words[_BEGUN], MAX_COUNT)
 
     @begun.setter
     def begun(self, count: int) -> None:
@@ -90,7 +109,7 @@ class StatusLine:
     @property
     def committed(self) -> int:
         """Experiences whose frame it has sent, or is about to send."""
-        return self._words[_COMMITTED]
+        return min(self._words[_COMMITTED], MAX_COUNT)
 
     @committed.setter
     def committed(self, count: int) -> None:
@@ -99,7 +118,7 @@ class StatusLine:
     @property
     def rss(self) -> int:
         """Its peak resident memory in bytes, as of the last experience."""
-        return self._words[_RSS]
+        return min(self._words[_RSS], MAX_BYTES)
 
     @rss.setter
     def rss(self, nbytes: int) -> None:
@@ -108,14 +127,15 @@ class StatusLine:
     @property
     def command(self) -> int:
         """The sequence number of the last command that it took up; 0 is none."""
-        return self._words[_COMMANDS]
+        return min(self._words[_COMMANDS], MAX_COUNT)
 
     @command.setter
     def command(self, sequence: int) -> None:
         self._words[_COMMANDS] = sequence
 
     def close(self) -> None:
-        """Close the descriptor of a line that was made here; what it says stays readable."""
+        """Close the descriptor and unmap the page; what it says at this moment stays readable."""
+        self._words = list(self._words[:_NUM_WORDS])
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

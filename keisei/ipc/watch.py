@@ -117,6 +117,15 @@ class Watch:
         self._heard = None
         self._work = _nothing_is_left
 
+    def disown(self) -> None:
+        """Do as ``close``, without a call to the loop: in a forked child its epoll set is shared.
+
+        To remove the descriptor there would make the parent deaf.
+        """
+        self._loop = self._rest = None
+        self._futures.clear()
+        self.close()
+
 
 def _nothing_is_left() -> bool:
     return False

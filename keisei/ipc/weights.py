@@ -4,6 +4,9 @@ K buffers and a header of 64-bit words: the newest version, and for each buffer 
 lies in it, or 0 while it is being written. Version v lies in buffer v mod K. A reader copies the
 newest buffer and looks at its stamp again (a seqlock); if the stamp moved, it reads again. The
 publisher takes no lock and waits for nobody.
+
+The words tell readers; the publisher decides by numbers of its own. Readers map the memory
+read-only, and where the kernel can seal it, it cannot be mapped or written otherwise.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from typing import Any, Protocol
 import torch
 
 from keisei.exceptions import WeightsError
-from keisei.ipc import memory
+from keisei.ipc import forks, memory
 from keisei.ipc.layout import Layout, Views, describe
 from keisei.ipc.memory import PAGE, round_up
+from keisei.ipc.tensors import special_kind
 
 BUFFERS = 2
 """Two: what lies beside the newest version is the one before it, as ``revert`` needs."""
@@ -42,16 +46,12 @@ def _fence() -> None:
 class _Arena:
     """The shared memory as either side sees it."""
 
-    def __init__(self, shared: mmap.mmap, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, shared: mmap.mmap, window: Any, layout: Layout) -> None:
+        """Look at ``shared`` through ``window``, a buffer on it that torch takes for writable."""
         self.words = memoryview(shared)[:PAGE].cast("Q")
         stride = _stride(layout)
-        self.views = [layout.views(shared, PAGE + k * stride) for k in range(BUFFERS)]
-        self.whole = [_bytes_of(shared, PAGE + k * stride, layout.nbytes) for k in range(BUFFERS)]
-
-    @property
-    def latest(self) -> int:
-        return self.words[_LATEST]
+        self.views = [layout.views(window, PAGE + k * stride) for k in range(BUFFERS)]
+        self.whole = [_bytes_of(window, PAGE + k * stride, layout.nbytes) for k in range(BUFFERS)]
 
 
 def _bytes_of(buffer: Any, start: int, nbytes: int) -> torch.Tensor:
@@ -62,13 +62,18 @@ def _stride(layout: Layout) -> int:
     return round_up(layout.nbytes, PAGE)
 
 
+def _size(layout: Layout) -> int:
+    return PAGE + BUFFERS * _stride(layout)
+
+
 class WeightsPublisher:
     """The application's side; writes from one thread at a time.
 
     Attributes:
         layout: Names, dtypes and shapes, fixed by the first weights.
         num_bytes: Of the tensors together.
-        fd: The memory's descriptor, to hand to workers.
+        fd: The memory's descriptor, to hand to workers; -1 when closed.
+        version: The newest version; 0 is none.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -79,14 +84,12 @@ class WeightsPublisher:
         """
         self.layout = layout
         self.num_bytes = sum(field.nbytes for field in layout.fields)
+        self.version = 0
+        self._stamps = [0] * BUFFERS
         self._forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
-        self.fd, shared = memory.create(PAGE + BUFFERS * _stride(layout), "keisei-weights")
-        self._arena = _Arena(shared, layout)
-
-    @property
-    def version(self) -> int:
-        """The newest version; 0 is none."""
-        return self._arena.latest
+        self.fd, shared = memory.create(_size(layout), "keisei-weights", writable=False)
+        self._arena: _Arena | None = _Arena(shared, shared, layout)
+        forks.own(self)
 
     def check(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Compare ``weights`` with the first ones.
@@ -102,47 +105,70 @@ class WeightsPublisher:
             self._forms = forms
 
     def publish(self, weights: Mapping[str, torch.Tensor]) -> int:
-        """Copy ``weights``, already checked, into the next buffer and return its version."""
-        words = self._arena.words
-        version = self._arena.latest + 1
-        buffer = version % BUFFERS
-        words[_STAMPS + buffer] = 0
+        """Copy ``weights``, already checked, into the next buffer and return its version.
+
+        Raises:
+            WeightsError: The publisher was closed.
+        """
+        arena = self._open_arena()
+        buffer = (self.version + 1) % BUFFERS
+        self._stamp(arena, buffer, 0)
         _fence()
-        for name, target in self._arena.views[buffer].items():
+        for name, target in arena.views[buffer].items():
             source = weights[name]
             target.copy_(source.detach() if source.requires_grad else source)
-        _fence()
-        words[_STAMPS + buffer] = version
-        _fence()
-        words[_LATEST] = version
-        return version
+        return self._announce(arena, buffer)
 
     def revert(self) -> int:
         """Publish the weights before the newest again, as a new version, which is returned.
 
         Raises:
-            WeightsError: There are none, or a ``publish`` that failed has overwritten them.
+            WeightsError: There are none, a ``publish`` that failed has overwritten them, or the
+                publisher was closed.
         """
-        words = self._arena.words
-        version = self._arena.latest + 1
-        before = version - BUFFERS
-        if before < 1 or words[_STAMPS + version % BUFFERS] != before:
+        arena = self._open_arena()
+        before = self.version + 1 - BUFFERS
+        buffer = before % BUFFERS
+        if before < 1 or self._stamps[buffer] != before:
             raise WeightsError("there are no weights before the newest ones to go back to")
-        words[_STAMPS + version % BUFFERS] = version
-        _fence()
-        words[_LATEST] = version
-        return version
+        return self._announce(arena, buffer)
 
     def newest(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the newest weights."""
-        views = self._arena.views[self._arena.latest % BUFFERS]
+        """Return a copy of the newest weights.
+
+        Raises:
+            WeightsError: The publisher was closed.
+        """
+        views = self._open_arena().views[self.version % BUFFERS]
         return {name: view.clone() for name, view in views.items()}
 
+    def _announce(self, arena: _Arena, buffer: int) -> int:
+        """Make what lies in ``buffer`` the newest version, and return its number."""
+        version = self.version + 1
+        _fence()
+        self._stamp(arena, buffer, version)
+        _fence()
+        self.version = arena.words[_LATEST] = version
+        return version
+
+    def _stamp(self, arena: _Arena, buffer: int, version: int) -> None:
+        self._stamps[buffer] = arena.words[_STAMPS + buffer] = version
+
+    def _open_arena(self) -> _Arena:
+        if self._arena is None:
+            raise WeightsError("the memory of these weights was given back")
+        return self._arena
+
     def close(self) -> None:
-        """Give the memory back once the workers have done so too."""
+        """Unmap the memory at once; it is gone when the workers have done so too."""
+        self._arena = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def disown(self) -> None:
+        """Close a forked child's copy; to publish is the parent's."""
+        self.close()
 
 
 class _Spare:
@@ -171,16 +197,22 @@ class WeightsReader:
     """A worker's side."""
 
     def __init__(self, fd: int, layout: Layout) -> None:
-        """Map the memory; takes ``fd`` over."""
+        """Map the memory; takes ``fd`` over.
+
+        Raises:
+            NotShared: It is not the memory of such weights.
+            OSError: It cannot be mapped.
+        """
         self.layout = layout
-        self._arena = _Arena(memory.attach(fd), layout)
+        shared = memory.attach(fd, _size(layout), writable=False)
+        self._arena = _Arena(shared, memory.readable(shared), layout)
         self._views = Views(layout)
         self._spare = _Spare(layout.nbytes)
 
     @property
     def latest(self) -> int:
         """The newest version; 0 is none. One read of shared memory."""
-        return self._arena.latest
+        return self._arena.words[_LATEST]
 
     def read_into(self, targets: Mapping[str, torch.Tensor]) -> int:
         """Copy the newest weights into ``targets`` and return their version.
@@ -212,7 +244,7 @@ class WeightsReader:
     def _read(self, copy: Callable[[int], object]) -> int:
         """Copy the newest buffer until it was not written to meanwhile; return its version."""
         while True:
-            version = self._arena.latest
+            version = self.latest
             if not version:
                 raise WeightsError("no weights were published yet")
             _fence()
@@ -248,6 +280,7 @@ def tensors_of(source: HasStateDict | Mapping[str, torch.Tensor]) -> dict[str, t
 def _flaw(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__qualname__}"
-    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
-        return "a nested, quantized or sparse tensor"
-    return "on the meta device and has no values" if value.is_meta else ""
+    kind = special_kind(value)
+    if kind == "meta":
+        return "on the meta device and has no values"
+    return f"a {kind} tensor" if kind else ""

@@ -21,7 +21,33 @@ SHARE = 1 << 20
 """Bytes after which one end lets the event loop turn, whatever more there is to move."""
 MAX_FDS = 4
 """Descriptors that may come with one frame."""
+MAX_PARTS = 64
+"""Parts of frames that one system call takes; the least that POSIX systems allow is 16."""
 
 SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
 """A reader that has gone is an error here, never a SIGPIPE to an application that allows those."""
 RECV_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+
+Part = bytes | memoryview
+Payload = Part | tuple[Part, ...]
+"""What one frame holds: one stretch of bytes, or several that go one behind the other.
+
+Large values come in parts, so that they are neither joined nor copied on their way to the socket,
+and so that one value can go to any number of workers.
+"""
+
+
+ALIGNMENT = 64
+"""Bytes to which buffers are aligned, in shared memory and in frames."""
+
+
+def padding(nbytes: int) -> bytes:
+    """Return what aligns whatever follows on ``nbytes`` bytes."""
+    return bytes(-nbytes % ALIGNMENT)
+
+
+def nbytes_of(payload: Payload) -> int:
+    """Return how many bytes ``payload`` has."""
+    if isinstance(payload, tuple):
+        return sum(map(nbytes_of, payload))
+    return payload.nbytes if isinstance(payload, memoryview) else len(payload)

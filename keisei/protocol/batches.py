@@ -1,27 +1,38 @@
-"""Parse what arrives in a worker's experience queue."""
+"""The one parser of what a worker says about experiences: a claim, until all of it is checked."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from keisei.exceptions import SerializationError
 from keisei.ipc import serialize
+from keisei.ipc.descriptors import Descriptors
 from keisei.ipc.layout import Layout, Views
-from keisei.ipc.ring import Place, RingReader
+from keisei.ipc.memory import NotShared
+from keisei.ipc.ring import CellRef, RingReader
 from keisei.protocol import messages
+from keisei.protocol.errors import ProtocolError
 
+_REMEMBERED = 16
 _NO_VIEWS = Views(Layout((), 0))
-_HEAVY = 1 << 16
-
-
-class ProtocolError(Exception):
-    """A peer sent something that makes no sense."""
 
 
 class PendingBatch(NamedTuple):
-    """An experience that a worker has committed and nobody has taken.
+    """An experience that a worker has committed and that no learner has taken yet.
 
-    It owns its memory: to let go of it gives the cell back unread.
+    It owns its cell: to let go of it gives the cell back unread.
+
+    Attributes:
+        worker_id: The slot that collected it.
+        incarnation: The process of that slot.
+        memory: The cell, which is free again when nothing refers to this buffer any more.
+        views: Makes the tensors on ``memory``.
+        info: The small values that came along.
+        num_steps: Environment steps.
+        sequence: 0, 1, 2 … within the incarnation.
+        version: The weights version that it was collected with.
+        seed: The worker's seed.
     """
 
     worker_id: int
@@ -36,7 +47,11 @@ class PendingBatch(NamedTuple):
 
 
 class BatchParser:
-    """The application's side of one incarnation's experience queue."""
+    """Parses the experience frames of one incarnation; belongs to the application.
+
+    Attributes:
+        received: Experiences that were accepted.
+    """
 
     def __init__(self, worker_id: int, incarnation: int) -> None:
         self.received = 0
@@ -44,33 +59,53 @@ class BatchParser:
         self._incarnation = incarnation
         self._ring = RingReader()
         self._views = _NO_VIEWS
+        self._known: dict[Layout, Views] = {}
 
     @staticmethod
     def is_heavy(payload: memoryview) -> bool:
-        """Return whether parsing this frame is worth a thread."""
-        return len(payload) > _HEAVY
+        """Return whether a frame is worth a thread: many names, or much in ``info``."""
+        return len(payload) > serialize.LARGE
 
     def parse(
-        self, payload: memoryview, fds: list[int], *, outstanding: int, newest_version: int
+        self, payload: memoryview, fds: Descriptors, *, outstanding: int, newest_version: int
     ) -> PendingBatch:
-        """Return the experience that a frame announces."""
+        """Return the experience that a frame is about.
+
+        One call at a time, frames in order; any thread. What is not right changes nothing here,
+        and closes the frame's descriptors.
+
+        Args:
+            payload: The frame.
+            fds: What came with it.
+            outstanding: Experiences that the worker may still send.
+            newest_version: The newest version of the weights.
+
+        Raises:
+            ProtocolError: The frame is malformed, or claims what cannot be.
+        """
+        frame: messages.ExperienceFrame = messages.unpack(payload, messages.EXPERIENCE, fds)
         try:
-            frame: messages.ExperienceFrame = messages.unpack(payload)
-            if frame.new_segment:
-                self._ring.add(frame.segment, fds[0])
-            if frame.layout is not None:
-                self._views = Views(frame.layout)
-            views = self._views
-            place = Place(frame.segment, frame.slot, frame.stride, views.layout)
-            self._ring.check(place)
-            info = {} if frame.info is None else serialize.loads(frame.info, "Experience.info")
-        except Exception as error:
-            raise ProtocolError(str(error)) from error
+            self._check_order(frame, outstanding, newest_version)
+            views = self._views if frame.layout is None else self._views_of(frame.layout)
+            if not views.layout.fields:
+                raise ProtocolError("an experience has no tensors, or none before it said which")
+            ref = CellRef(
+                frame.segment, frame.segment_nbytes, frame.cell, frame.stride, views.layout
+            )
+            segment = self._ring.find(ref, fds.claim() if frame.segment_nbytes else None)
+            info: Any = {} if frame.info is None else serialize.loads(frame.info, "its info")
+            if type(info) is not dict:
+                raise ProtocolError(f"the info of an experience is a {type(info).__qualname__}")
+        except (NotShared, OSError, SerializationError) as error:
+            raise ProtocolError(f"experience {frame.sequence}: {error}") from error
+        finally:
+            fds.close()
         self.received += 1
+        self._views = views
         return PendingBatch(
             self._worker_id,
             self._incarnation,
-            self._ring.slot(place),
+            self._ring.take(ref, segment),
             views,
             info,
             frame.num_steps,
@@ -79,6 +114,27 @@ class BatchParser:
             frame.seed,
         )
 
+    def _check_order(
+        self, frame: messages.ExperienceFrame, outstanding: int, newest_version: int
+    ) -> None:
+        if frame.sequence != self.received:
+            raise ProtocolError(f"experience {frame.sequence} came in place of {self.received}")
+        if outstanding <= 0:
+            raise ProtocolError(f"experience {frame.sequence} came without a credit")
+        if frame.version > newest_version:
+            raise ProtocolError(
+                f"experience {frame.sequence} was collected with weights version {frame.version}; "
+                f"the newest is {newest_version}"
+            )
+
+    def _views_of(self, layout: Layout) -> Views:
+        """Return the views of a layout that came; the last few are kept."""
+        views = self._known.pop(layout, None) or Views(layout)
+        self._known[layout] = views
+        if len(self._known) > _REMEMBERED:
+            del self._known[next(iter(self._known))]
+        return views
+
     def close(self) -> None:
-        """Let go of the memory; batches that were delivered stay valid."""
+        """Unmap every segment at once; batches that were delivered keep theirs."""
         self._ring.close()

@@ -1,21 +1,33 @@
-"""What the frames between the application and a worker say; one class for each."""
+"""What the frames between the application and a worker say; one class for each.
+
+A frame is the number of its kind and the fields in fixed binary forms. Nothing in it is pickled but
+the values of users: a factory, the data and the reply of a command, ``Experience.info``. Those are
+payloads, the last thing in their frames, and are not looked at here.
+"""
 
 from __future__ import annotations
 
-import pickle
+import struct
 from typing import Any, NamedTuple
 
-from keisei.exceptions import SerializationError
-from keisei.ipc import serialize
+from keisei.ipc.descriptors import Descriptors
 from keisei.ipc.layout import Layout
+from keisei.ipc.sizes import LARGE
+from keisei.ipc.wire import Payload, nbytes_of
+from keisei.protocol import codec
+from keisei.protocol.codec import BOOL, INT, LAYOUT, OPTIONAL_INT, TEXT, Bytes, Coder
+from keisei.protocol.errors import ProtocolError
 
 # application -> worker, control queue
 
 
 class Hello(NamedTuple):
-    """The first frame: everything that a worker needs to begin. ``factory`` is pickled."""
+    """The first frame: everything that a worker needs to begin. ``factory`` is pickled.
 
-    factory: bytes
+    ``cells`` is how many experiences may be on their way at a time.
+    """
+
+    factory: Payload
     worker_id: int
     incarnation: int
     num_workers: int
@@ -23,7 +35,7 @@ class Hello(NamedTuple):
     device: str
     weights_version: int
     threads: int
-    slots: int
+    cells: int
     paused: bool
     max_experiences: int | None
     max_rss: int | None
@@ -34,7 +46,7 @@ class Command(NamedTuple):
 
     sequence: int
     name: str
-    payload: bytes
+    payload: Payload
 
 
 class Pause(NamedTuple):
@@ -84,7 +96,7 @@ class Reply(NamedTuple):
     """The answer to a ``Command`` or ``Pause``; ``payload`` is pickled."""
 
     sequence: int
-    payload: bytes
+    payload: Payload
 
 
 class ReplyError(NamedTuple):
@@ -120,60 +132,207 @@ class Goodbye(NamedTuple):
 
 
 class ExperienceFrame(NamedTuple):
-    """One experience lies in shared memory, in a slot of ``stride`` bytes.
+    """One experience lies in shared memory, in a cell of ``stride`` bytes.
 
-    A new segment comes with its descriptor. ``layout`` is ``None`` where it is that of the frame
-    before: it would be most of the frame. ``info`` is pickled, ``None`` if empty.
+    A new segment comes with its descriptor, and ``segment_nbytes`` is its size; else that is 0.
+    ``layout`` is ``None`` where it is that of the frame before: it would be most of the frame.
+    ``info`` is pickled, ``None`` if empty.
     """
 
     sequence: int
     version: int
     segment: int
-    slot: int
+    segment_nbytes: int
+    cell: int
     stride: int
     layout: Layout | None
-    new_segment: bool
     num_steps: int
-    info: bytes | None
+    info: Payload | None
     seed: int
 
 
-_KINDS: tuple[type[Any], ...] = (
-    Hello,
-    Command,
-    Pause,
-    Resume,
-    Stop,
-    Arena,
-    Announcement,
-    Ready,
-    Reply,
-    ReplyError,
-    Applied,
-    Failed,
-    Goodbye,
-    ExperienceFrame,
+Message = (
+    Hello
+    | Command
+    | Pause
+    | Resume
+    | Stop
+    | Arena
+    | Announcement
+    | Ready
+    | Reply
+    | ReplyError
+    | Applied
+    | Failed
+    | Goodbye
+    | ExperienceFrame
 )
-_NUMBERS = {kind: number for number, kind in enumerate(_KINDS)}
+
+CONTROL: frozenset[type[Any]] = frozenset({Hello, Command, Pause, Resume, Stop})
+MODEL: frozenset[type[Any]] = frozenset({Arena, Announcement})
+REPLY: frozenset[type[Any]] = frozenset({Ready, Reply, ReplyError, Applied, Failed, Goodbye})
+EXPERIENCE: frozenset[type[Any]] = frozenset({ExperienceFrame})
+"""The kinds that each queue carries; any other in it is its sender's error."""
 
 
-def pack(message: Any) -> bytes:
-    """Return the frame of a message: its kind's number and its fields, pickled.
+class _Form(NamedTuple):
+    """How the messages of one kind lie in a frame: their fields in order, then the payload."""
 
-    Far cheaper than the message itself, whose class would be named and looked up each time. Its
-    fields hold plain values only, or bytes that ``serialize.dumps`` has made.
-    """
-    return pickle.dumps((_NUMBERS[type(message)], *message), pickle.HIGHEST_PROTOCOL)
+    kind: type[Any]
+    coders: tuple[Coder[Any], ...]
+    """Of the fields in order, but for the payload."""
+    payload: int | None = None
+    """The field's place among the fields."""
 
 
-def unpack(frame: bytes | bytearray | memoryview) -> Any:
-    """Return the message in a frame.
+_FORMS: tuple[_Form, ...] = (
+    _Form(
+        Hello,
+        (INT, INT, INT, INT, TEXT, INT, INT, INT, BOOL, OPTIONAL_INT, OPTIONAL_INT),
+        payload=0,
+    ),
+    _Form(Command, (INT, TEXT), payload=2),
+    _Form(Pause, (INT,)),
+    _Form(Resume, ()),
+    _Form(Stop, ()),
+    _Form(Arena, (LAYOUT,)),
+    _Form(Announcement, (INT, BOOL)),
+    _Form(Ready, (INT, BOOL)),
+    _Form(Reply, (INT,), payload=1),
+    _Form(ReplyError, (INT, TEXT, TEXT)),
+    _Form(Applied, (INT,)),
+    _Form(Failed, (TEXT, TEXT, TEXT, BOOL)),
+    _Form(Goodbye, (TEXT,)),
+)
+_NUMBERS = {form.kind: number for number, form in enumerate(_FORMS)}
+_EXPERIENCE_NUMBER = len(_FORMS)
+_EXPERIENCE = struct.Struct("<BBHIqqqqqq")
+"""Number, flags, cell and segment; sequence, version, stride, segment's size, steps and seed."""
+_HAS_LAYOUT, _HAS_INFO = 1, 2
+
+
+def pack(message: Message) -> Payload:
+    """Return the frame of a message: bytes, or parts that are not copied where it is large.
 
     Raises:
-        SerializationError: It is none.
+        ValueError: A field does not fit; no worker and no application says such a thing.
     """
-    fields = serialize.loads(frame, "a frame")
     try:
-        return _KINDS[fields[0]]._make(fields[1:])
-    except (TypeError, IndexError, KeyError) as error:
-        raise SerializationError(f"a frame holds no message ({error})") from error
+        if type(message) is ExperienceFrame:
+            return _pack_experience(message)
+        number = _NUMBERS[type(message)]
+        _, coders, payload = _FORMS[number]
+        out = bytearray((number,))
+        fields: list[Any] = list(message)
+        last: Any = None if payload is None else fields.pop(payload)
+        for coder, value in zip(coders, fields, strict=True):
+            coder.write(out, value)
+        return bytes(out) if payload is None else codec.write_payload(out, last)
+    except (struct.error, ValueError, OverflowError, IndexError) as error:
+        raise ValueError(f"a {type(message).__name__} does not fit a frame: {error}") from error
+
+
+def unpack(frame: Bytes, allowed: frozenset[type[Any]], fds: Descriptors | None = None) -> Any:
+    """Return the message in a frame.
+
+    Args:
+        frame: Anything at all. A payload in the message is a view of it.
+        allowed: The kinds that may come; one of the sets above.
+        fds: What came with the frame; closed if it is refused.
+
+    Raises:
+        ProtocolError: It is no such message: of another kind, cut, too long, with numbers out of
+            range, or with other descriptors than its kind has.
+    """
+    is_right = False
+    try:
+        message = _unpack(frame, allowed)
+        if fds is not None:
+            _check_fds(message, fds)
+        is_right = True
+    except codec.MALFORMED as error:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is malformed: {error}") from error
+    finally:
+        if fds is not None and not is_right:
+            fds.close()
+    return message
+
+
+def is_heavy(message: Message) -> bool:
+    """Return whether to unpickle a message's payload is worth a thread."""
+    return isinstance(message, (Command, Reply)) and nbytes_of(message.payload) > LARGE
+
+
+def _unpack(frame: Bytes, allowed: frozenset[type[Any]]) -> Message:
+    number = frame[0]
+    kind = ExperienceFrame if number == _EXPERIENCE_NUMBER else _FORMS[number].kind
+    if kind not in allowed:
+        raise ProtocolError(f"a {kind.__name__} has no business in this queue")
+    if number == _EXPERIENCE_NUMBER:
+        return _unpack_experience(frame)
+    _, coders, payload = _FORMS[number]
+    fields, at = [], 1
+    for coder in coders:
+        value, at = coder.read(frame, at)
+        fields.append(value)
+    if payload is not None:
+        value, at = codec.read_payload(frame, at)
+        fields.insert(payload, value)
+    _check_end(frame, at)
+    message: Message = kind._make(fields)
+    return message
+
+
+def _check_end(frame: Bytes, at: int) -> None:
+    if at != len(frame):
+        raise ValueError(f"{len(frame) - at} bytes follow on its fields")
+
+
+def _check_fds(message: Message, fds: Descriptors) -> None:
+    if isinstance(message, ExperienceFrame):
+        expected = int(message.segment_nbytes > 0)
+    else:
+        expected = int(isinstance(message, Arena))
+    if len(fds) != expected:
+        raise ValueError(f"{len(fds)} descriptors came with it instead of {expected}")
+
+
+def _pack_experience(message: ExperienceFrame) -> Payload:
+    sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed = message
+    if min(sequence, version, stride, segment_nbytes, steps, seed) < 0:
+        raise ValueError("a number is negative")
+    flags = (_HAS_LAYOUT if layout is not None else 0) | (_HAS_INFO if info is not None else 0)
+    head = _EXPERIENCE.pack(
+        _EXPERIENCE_NUMBER,
+        flags,
+        cell,
+        segment,
+        sequence,
+        version,
+        stride,
+        segment_nbytes,
+        steps,
+        seed,
+    )
+    if not flags:
+        return head
+    out = bytearray(head)
+    if layout is not None:
+        LAYOUT.write(out, layout)
+    return bytes(out) if info is None else codec.write_payload(out, info)
+
+
+def _unpack_experience(frame: Bytes) -> ExperienceFrame:
+    fixed = _EXPERIENCE.unpack_from(frame)
+    _, flags, cell, segment, sequence, version, stride, segment_nbytes, steps, seed = fixed
+    if min(fixed) < 0 or flags > _HAS_LAYOUT | _HAS_INFO:
+        raise ValueError("a number is out of range")
+    at, layout, info = _EXPERIENCE.size, None, None
+    if flags & _HAS_LAYOUT:
+        layout, at = LAYOUT.read(frame, at)
+    if flags & _HAS_INFO:
+        info, at = codec.read_payload(frame, at)
+    _check_end(frame, at)
+    return ExperienceFrame(
+        sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed
+    )

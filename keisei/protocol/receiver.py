@@ -8,11 +8,13 @@ from typing import Any, Protocol
 
 from keisei.exceptions import QueueBroken, QueueClosed, QueueEnded, SerializationError
 from keisei.ipc import serialize
-from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.descriptors import Descriptors
+from keisei.ipc.frame_reader import Frame, FrameReader
 from keisei.ipc.threads import in_thread
 from keisei.protocol import messages
-from keisei.protocol.batches import BatchParser, PendingBatch, ProtocolError
+from keisei.protocol.batches import BatchParser, PendingBatch
 from keisei.protocol.coalescer import Coalescer
+from keisei.protocol.errors import ProtocolError
 from keisei.protocol.requests import Requests, Unreadable
 
 
@@ -171,7 +173,7 @@ class Receiver:
             else:
                 self._hand_over(batch)
 
-    def _parse(self, payload: memoryview, fds: list[int]) -> PendingBatch:
+    def _parse(self, payload: memoryview, fds: Descriptors) -> PendingBatch:
         return self._parser.parse(
             payload, fds, outstanding=self.outstanding, newest_version=self._newest_version()
         )
@@ -197,16 +199,20 @@ class Receiver:
 
     def _on_reply(self) -> None:
         while (frame := self._next(self._reply)) is not None:
-            payload, _ = frame
-            if len(payload) > serialize.LARGE:
-                unpacking = in_thread(lambda large=payload: _unpacked(large))  # type: ignore[misc]
-                self._unpacking.add(unpacking)
-                unpacking.add_done_callback(self._on_unpacked)
-                continue
             try:
-                self._handle(*_unpacked(payload))
+                self._take_reply(*frame)
             except Exception as error:  # noqa: BLE001 - told as what it is
                 self._tell(error)
+
+    def _take_reply(self, payload: memoryview, fds: Descriptors) -> None:
+        """Handle a message. The value of a large reply is unpickled in a thread."""
+        message = messages.unpack(payload, messages.REPLY, fds)
+        if messages.is_heavy(message):
+            unpacking = in_thread(lambda: (message, _value_of(message)))
+            self._unpacking.add(unpacking)
+            unpacking.add_done_callback(self._on_unpacked)
+        else:
+            self._handle(message, _value_of(message))
 
     def _on_unpacked(self, unpacking: asyncio.Future[Any]) -> None:
         self._unpacking.discard(unpacking)
@@ -230,15 +236,13 @@ class Receiver:
         elif isinstance(message, messages.Failed):
             self.failed = message
             self.owner.on_farewell()
-        elif isinstance(message, messages.Goodbye):
+        else:
             self.goodbye = message
             self.owner.on_farewell()
-        else:
-            raise ProtocolError(f"a worker does not send {type(message).__name__}")
 
     # both
 
-    def _next(self, reader: FrameReader) -> tuple[memoryview, list[int]] | None:
+    def _next(self, reader: FrameReader) -> Frame | None:
         """Return the next frame that has arrived, or ``None``."""
         if self.owner is None:
             return None
@@ -263,19 +267,11 @@ class Receiver:
             raise error
 
 
-def _unpacked(payload: memoryview) -> tuple[Any, Any]:
-    """Return the message in a frame, and the value of a reply.
-
-    Raises:
-        ProtocolError: It is no message.
-    """
-    try:
-        message = messages.unpack(payload)
-    except Exception as error:
-        raise ProtocolError(str(error)) from error
+def _value_of(message: Any) -> Any:
+    """Return the value of a reply, or ``Unreadable``; ``None`` for any other message."""
     if not isinstance(message, messages.Reply):
-        return message, None
+        return None
     try:
-        return message, serialize.loads(message.payload, "")
+        return serialize.loads(message.payload, "")
     except SerializationError as problem:
-        return message, Unreadable(str(problem).strip())
+        return Unreadable(str(problem).strip())

@@ -80,7 +80,7 @@ class Requests:
         """Answer everybody with a copy of ``error``."""
         waiting: list[asyncio.Future[Any]] = [future for _, future in self._commands.values()]
         for future in [*waiting, *self._versions]:
-            if not future.done():
+            if not future.done() and not future.get_loop().is_closed():
                 future.set_exception(copy_of(error))
 
     @property

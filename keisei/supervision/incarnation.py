@@ -259,6 +259,9 @@ class Incarnation:
                 f"process {handle.pid} is in state {handle.state()!r} and did not end by SIGKILL",
             )
             return None
+        except GeneratorExit:
+            reasons.clear()  # the loop was closed with this task in it: it takes no cancellation
+            raise
         finally:
             for reason in reasons:
                 reason.cancel()

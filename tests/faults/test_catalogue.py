@@ -1,4 +1,4 @@
-"""The table of faults in tests/README.md names tests that exist."""
+"""The tables of guarantees and of faults in tests/README.md name tests that exist."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
+FOLDERS = {"F": "tests/faults", "P": "tests/training/parallel"}
 README = (TESTS / "README.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in README.splitlines()
-    if line.startswith("|") and not line.startswith(("|---", "| fault |"))
+    if line.startswith("|") and not line.startswith(("|---", "| fault |", "| guarantee |"))
 ]
 
 
@@ -34,7 +35,8 @@ def test_every_test_of_the_table_exists():
     """No row names a test that was renamed or removed."""
     ids = {tuple(one.split("::")) for _, tests, _ in ROWS for one in re.findall(r"`(\S+)`", tests)}
     for file, name in ids:
-        path = TESTS.parent / re.sub(r"^F/", "tests/faults/", file)
+        folder, _, rest = file.partition("/")
+        path = TESTS.parent / FOLDERS.get(folder, folder) / rest
         assert name in names_in(path), f"{file} has no {name}"
 
 
@@ -45,3 +47,13 @@ def test_every_test_of_the_catalogue_is_in_the_table():
         if path != Path(__file__):
             names = {name for name in names_in(path) if name.startswith("test_")}
             assert {f"{path.name}::{name}" for name in names} <= named
+
+
+def test_every_guarantee_of_the_readme_has_a_row():
+    """Each numbered guarantee is held by tests that the table names."""
+    section = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    section = section.partition("## What it guarantees")[2].partition("\n## ")[0]
+    promised = {int(number) for number in re.findall(r"^(\d+)\. ", section, re.MULTILINE)}
+    held = {int(row[0].partition(":")[0]) for row in ROWS if re.match(r"\d+:", row[0])}
+    assert len(promised) >= 13
+    assert held == promised

@@ -30,7 +30,7 @@ from keisei.exceptions import (
     QueueWouldBlock,
 )
 from keisei.ipc import serialize, wire
-from keisei.ipc.frame_reader import FrameReader
+from keisei.ipc.frame_reader import Frame, FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 
 LARGE = 8 << 20
@@ -59,7 +59,7 @@ async def test_a_frame_of_any_size_arrives_whole(nbytes):
     with ends() as (writer, reader):
         putting = asyncio.create_task(writer.put(pattern(nbytes)))
         payload, fds = await reader.get()
-        assert (bytes(payload), fds) == (pattern(nbytes), [])
+        assert (bytes(payload), len(fds)) == (pattern(nbytes), 0)
         await putting
         await writer.put(b"next")
         assert (await reader.get())[0] == b"next"
@@ -319,6 +319,11 @@ def inodes(fds: list[int]) -> list[int]:
     return [os.fstat(fd).st_ino for fd in fds]
 
 
+def claimed(frame: Frame) -> tuple[memoryview, list[int]]:
+    payload, fds = frame
+    return payload, [fds.claim() for _ in range(len(fds))]
+
+
 def close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
@@ -334,7 +339,7 @@ async def test_descriptors_come_with_their_frames(pipes):
             for number, fds in enumerate(sent):
                 await writer.put(pattern(number * 371), fds=fds)
             for number, fds in enumerate(sent):
-                payload, received = await reader.get()
+                payload, received = claimed(await reader.get())
                 assert bytes(payload) == pattern(number * 371)
                 assert inodes(received) == inodes(fds)
                 assert not any(os.get_inheritable(fd) for fd in received)
@@ -354,7 +359,7 @@ async def test_descriptors_find_the_frame_behind_a_large_one(nbytes, pipes):
 
         putting = asyncio.create_task(put_all())
         for number in range(6):
-            payload, received = await reader.get()
+            payload, received = claimed(await reader.get())
             assert bytes(payload) == pattern(nbytes + number)
             assert inodes(received) == inodes(pipes[number : number + number % 2])
             close_all(received)
@@ -371,7 +376,7 @@ async def test_descriptors_that_cannot_be_passed_are_refused_whole(pipes):
             await writer.put(b"refused", fds=[os.sysconf("SC_OPEN_MAX") - 1])
         assert (writer.sent, writer.credit) == (0, 1)
         writer.put_nowait(b"taken", pipes[:4])
-        payload, received = await reader.get()
+        payload, received = claimed(await reader.get())
         assert payload == b"taken"
         assert inodes(received) == inodes(pipes[:4])
         close_all(received)
@@ -389,7 +394,7 @@ async def test_a_frame_with_descriptors_waits_for_its_turn(pipes):
         putting = asyncio.create_task(writer.put(b"with descriptors", fds=pipes[:2]))
         assert len((await reader.get())[0]) == LARGE
         assert (await reader.get())[0] == b"queued behind it"
-        payload, received = await reader.get()
+        payload, received = claimed(await reader.get())
         assert payload == b"with descriptors"
         assert inodes(received) == inodes(pipes[:2])
         close_all(received)

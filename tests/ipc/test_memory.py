@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import gc
 import mmap
 import os
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 import ipc_helpers
 from ipc_helpers import open_fds, process
-from keisei.ipc import memory
-from keisei.ipc.memory import PAGE, round_up
+from keisei.ipc import kernel, memory
+from keisei.ipc.memory import PAGE, NotShared, round_up
+
+SEALS = pytest.mark.skipif(not kernel.can_seal(), reason="needs seals")
+
+
+@pytest.fixture
+def probed_anew():
+    """Have this process ask the kernel anew, now and after the test."""
+    kernel.forget()
+    yield
+    kernel.forget()
 
 
 @pytest.mark.parametrize(
@@ -102,7 +117,7 @@ def test_memory_that_cannot_be_had_is_an_error_that_leaves_nothing_open():
 
 
 @pytest.mark.parametrize("missing", [(os, "memfd_create"), (os, "posix_fallocate")])
-def test_other_systems_share_memory_too(missing, monkeypatch, tmp_path):
+def test_other_systems_share_memory_too(missing, monkeypatch, tmp_path, probed_anew):
     """Without memfd_create an unlinked file serves; without posix_fallocate the size is set."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -129,3 +144,112 @@ def test_an_anonymous_file_grows_as_it_is_written():
 def test_pages_are_the_systems():
     """The unit of all sizes is the system's page."""
     assert mmap.PAGESIZE == PAGE
+
+
+# seals
+
+
+@SEALS
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_size_of_memory_is_final(writable):
+    """It can neither be shrunk nor grown, by anybody who has its descriptor, nor unsealed."""
+    fd, shared = memory.create(3 * PAGE, writable=writable)
+    try:
+        for size in (0, PAGE, 4 * PAGE):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+        with pytest.raises(PermissionError):
+            os.posix_fallocate(fd, 0, 4 * PAGE)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, kernel.F_ADD_SEALS, 0x8)
+        shared[3 * PAGE - 1] = 1
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(not kernel.can_seal_writes(), reason="needs F_SEAL_FUTURE_WRITE")
+def test_read_only_memory_is_written_by_its_maker_alone():
+    """Others cannot map it for writing, write to it, punch holes, or reopen it to do so."""
+    fd, mine = memory.create(PAGE, writable=False)
+    theirs = memory.attach(os.dup(fd), PAGE, writable=False)
+    mine[:3] = b"abc"
+    assert theirs[:3] == b"abc"
+    with pytest.raises(TypeError):
+        theirs[0] = 1
+    with pytest.raises(PermissionError):
+        memory.attach(os.dup(fd), PAGE)
+    with pytest.raises(PermissionError):
+        os.write(fd, b"x")
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+    with pytest.raises(PermissionError):
+        os.pwrite(again, b"x", 0)
+    with pytest.raises(PermissionError):
+        mmap.mmap(again, PAGE)
+    os.close(again)
+    os.close(fd)
+    assert mine[:3] == b"abc"
+
+
+def test_a_read_only_mapping_is_seen_by_torch_without_a_warning(recwarn):
+    """A tensor on it shows what its maker writes, and keeps the mapping alive."""
+    fd, mine = memory.create(PAGE, writable=False)
+    window = memory.readable(memory.attach(fd, PAGE, writable=False))
+    tensor = torch.frombuffer(window, dtype=torch.uint8)
+    del window
+    gc.collect()
+    mine[10] = 77
+    assert tensor[10] == 77
+    assert len(tensor) == PAGE
+    assert not recwarn.list
+
+
+@SEALS
+@pytest.mark.parametrize("flags", [0, 0x2])
+@pytest.mark.parametrize("seals", [0, 0x2, 0x4, 0x2 | 0x4])
+def test_memory_that_is_not_sealed_is_refused(flags, seals):
+    """Whoever sends it could still take it away; nothing is mapped and the descriptor closed."""
+    fd = os.memfd_create("keisei-test", flags)
+    os.ftruncate(fd, PAGE)
+    if flags:
+        fcntl.fcntl(fd, kernel.F_ADD_SEALS, seals)
+    before = open_fds()
+    with pytest.raises(NotShared, match=r"^the size of shared memory is not sealed$"):
+        memory.attach(fd, PAGE)
+    assert open_fds() == before - 1
+
+
+@pytest.mark.parametrize("claimed", [1, PAGE, 2 * PAGE, 4 * PAGE])
+def test_memory_of_another_size_than_claimed_is_refused(claimed):
+    """Sizes count in whole pages."""
+    fd, _ = memory.create(3 * PAGE)
+    with pytest.raises(NotShared, match=f"^shared memory of {3 * PAGE} bytes is said to have"):
+        memory.attach(fd, claimed)
+
+
+@pytest.mark.parametrize("size", [None, 1, PAGE])
+def test_what_is_no_memory_is_refused(size):
+    """Pipes, sockets, directories and empty files are."""
+    pipe = os.pipe()
+    near, far = socket.socketpair()
+    empty = memory.anonymous_file("keisei-test")
+    folder = os.open("/", os.O_RDONLY)
+    for fd in (*pipe, near.detach(), far.detach(), empty, folder):
+        with pytest.raises(NotShared, match=r"^the descriptor is not shared memory$"):
+            memory.attach(fd, size)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        memory.attach(pipe[0], size)
+
+
+def test_an_error_says_how_much_was_asked_for(monkeypatch, probed_anew):
+    """Memory that cannot be had is told with its size."""
+    kernel.capabilities()  # asked before the system refuses
+    before = open_fds()
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(OSError, match=r"\(1,152,921,504,606,846,976 bytes of shared memory\)"):
+        memory.create(1 << 60)
+    assert open_fds() == before

@@ -1,4 +1,4 @@
-"""The ring: experiences copied once into shared memory, read in place, and slots used again."""
+"""The ring: experiences copied once into shared memory, read in place, and cells used again."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from torch_helpers import DTYPES, Copies
 class Ring:
     """Both sides in one process; what goes over the queue goes through ``carry``."""
 
-    def __init__(self, slots: int = 4) -> None:
-        self.writer = RingWriter(slots)
+    def __init__(self, cells: int = 4) -> None:
+        self.writer = RingWriter(cells)
         self.reader = RingReader()
 
     def carry(self, data):
-        """Write ``data``; return its place and what the application sees there."""
-        place, fds = self.writer.write(data)
+        """Write ``data``; return its cell and what the application sees there."""
+        ref, fds = self.writer.write(data)
+        views = self.open(ref, *fds)
         if fds:
-            self.reader.add(place.segment, os.dup(fds[0]))
             self.writer.told()
-        return place, self.open(place)
+        return ref, views
 
-    def open(self, place):
-        return place.layout.views(self.reader.slot(place))
+    def open(self, ref, fd=None):
+        return ref.layout.views(taken(self.reader, ref, None if fd is None else os.dup(fd)))
 
     def states(self):
-        """Return how many slots are busy in each of the writer's segments."""
+        """Return how many cells are busy in each of the writer's segments."""
         segments = self.writer._segments
-        return [sum(state == BUSY for state in one.map[: one.slots]) for one in segments]
+        return [sum(state == BUSY for state in one.map[: one.cells]) for one in segments]
 
     def numbers(self):
         return [segment.number for segment in self.writer._segments]
@@ -67,6 +67,11 @@ def make_ring():
     for ring in made:
         ring.close()
     made.clear()
+
+
+def taken(reader, ref, fd=None):
+    """Return the buffer of a cell, as the parser of frames takes it."""
+    return reader.take(ref, reader.find(ref, fd))
 
 
 def bits(tensor):
@@ -178,8 +183,8 @@ def test_what_arrives_can_be_written_to(make_ring):
 def test_the_application_reads_where_the_worker_wrote(make_ring):
     """Every tensor that arrives lies inside the mapped segment; nothing was copied."""
     ring = make_ring()
-    place, views = ring.carry({"a": torch.arange(1000), "b": np.arange(50.0), "c": torch.ones(())})
-    mapped = span(ring.reader._maps[place.segment])
+    ref, views = ring.carry({"a": torch.arange(1000), "b": np.arange(50.0), "c": torch.ones(())})
+    mapped = span(ring.reader._segments[ref.segment].map)
     for view in views.values():
         assert view.data_ptr() in mapped
         assert view.data_ptr() + view.nbytes - 1 in mapped
@@ -192,13 +197,13 @@ def test_a_write_copies_each_tensor_once(make_ring):
     data = {"a": torch.arange(1000), "b": torch.ones(3, 4).T}
     ring.carry(data)
     with Copies() as copies:
-        place, _ = ring.writer.write(data)
+        ref, _ = ring.writer.write(data)
     mapped = span(ring.writer._segments[0].map)
     touching = [(name, at) for name, at in copies.seen if not name.startswith("detach")]
     assert [name for name, _ in touching] == ["copy_.default"] * 2
     assert all(at in mapped for _, at in touching)
     with Copies() as copies:
-        ring.open(place)
+        ring.open(ref)
     assert not [name for name, _ in copies.seen if name.startswith(("copy", "clone", "to"))]
 
 
@@ -209,19 +214,19 @@ def test_a_write_of_an_array_needs_no_memory_beside(make_ring):
     ring.carry({"a": array})
     tracemalloc.start()
     try:
-        place, _ = ring.writer.write({"a": array})
+        ref, _ = ring.writer.write({"a": array})
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    ring.open(place)
+    ring.open(ref)
     assert peak < 100_000
 
 
-# slots
+# cells
 
 
-def test_a_slot_is_free_when_its_last_tensor_is_gone(make_ring):
-    """Views of views keep the slot; when the last one goes it is free at once."""
+def test_a_cell_is_free_when_its_last_tensor_is_gone(make_ring):
+    """Views of views keep the cell; when the last one goes it is free at once."""
     ring = make_ring()
     _, views = ring.carry({"a": torch.arange(100).view(10, 10), "b": torch.zeros(3)})
     assert ring.states() == [1]
@@ -237,7 +242,7 @@ def test_a_slot_is_free_when_its_last_tensor_is_gone(make_ring):
     assert ring.states() == [0]
 
 
-def test_other_libraries_views_keep_the_slot(make_ring):
+def test_other_libraries_views_keep_the_cell(make_ring):
     """A NumPy array or a memoryview made of a tensor counts as a view of it."""
     ring = make_ring()
     _, views = ring.carry({"a": torch.arange(4)})
@@ -252,8 +257,8 @@ def test_other_libraries_views_keep_the_slot(make_ring):
     assert ring.states() == [0]
 
 
-def test_a_copy_does_not_keep_the_slot(make_ring):
-    """Clones and results of arithmetic leave the slot to the worker."""
+def test_a_copy_does_not_keep_the_cell(make_ring):
+    """Clones and results of arithmetic leave the cell to the worker."""
     ring = make_ring()
     _, views = ring.carry({"a": torch.arange(4)})
     results = [views["a"].clone(), views["a"] + 1]
@@ -262,7 +267,7 @@ def test_a_copy_does_not_keep_the_slot(make_ring):
     assert results[1].tolist() == [1, 2, 3, 4]
 
 
-def test_a_graph_keeps_the_slot(make_ring):
+def test_a_graph_keeps_the_cell(make_ring):
     """What autograd has saved for a backward pass is held until the pass is done."""
     ring = make_ring()
     weight = torch.ones(4, requires_grad=True)
@@ -275,8 +280,8 @@ def test_a_graph_keeps_the_slot(make_ring):
     assert ring.states() == [0]
 
 
-def test_a_slot_may_be_released_in_another_thread(make_ring):
-    """Whichever thread drops the last tensor frees the slot."""
+def test_a_cell_may_be_released_in_another_thread(make_ring):
+    """Whichever thread drops the last tensor frees the cell."""
     ring = make_ring()
     held = [ring.carry({"a": torch.full((3,), n)})[1] for n in range(4)]
     assert ring.states() == [4]
@@ -288,31 +293,31 @@ def test_a_slot_may_be_released_in_another_thread(make_ring):
     assert ring.states() == [0]
 
 
-def test_a_released_slot_is_used_again_and_no_other(make_ring):
-    """Held slots keep their values, whatever is written while they are held."""
+def test_a_released_cell_is_used_again_and_no_other(make_ring):
+    """Held cells keep their values, whatever is written while they are held."""
     ring = make_ring(3)
     held = [ring.carry({"a": torch.full((1000,), n)}) for n in range(3)]
-    place, released = held.pop(1)
+    ref, released = held.pop(1)
     del released
-    next_place, views = ring.carry({"a": torch.full((1000,), 9)})
-    assert next_place == place
+    next_ref, views = ring.carry({"a": torch.full((1000,), 9)})
+    assert next_ref == ref
     assert views["a"].unique().tolist() == [9]
     assert [views["a"].unique().tolist() for _, views in held] == [[0], [2]]
 
 
 def test_an_experience_that_nobody_opens_can_be_dropped(make_ring):
-    """Wrapping a slot and letting go of it at once gives it back."""
+    """Wrapping a cell and letting go of it at once gives it back."""
     ring = make_ring()
     ring.carry({"a": torch.zeros(2)})
     assert ring.states() == [0]
-    place, _ = ring.writer.write({"a": torch.zeros(2)})
+    ref, _ = ring.writer.write({"a": torch.zeros(2)})
     assert ring.states() == [1]
-    ring.reader.slot(place)
+    taken(ring.reader, ref)
     assert ring.states() == [0]
 
 
-def test_an_experience_without_elements_needs_no_slot(make_ring):
-    """Tensors without elements hold nothing, so the slot is free as soon as they are read."""
+def test_an_experience_without_elements_needs_no_cell(make_ring):
+    """Tensors without elements hold nothing, so the cell is free as soon as they are read."""
     ring = make_ring()
     _, views = ring.carry({"none": torch.zeros(0, 3)})
     assert views["none"].shape == (0, 3)
@@ -323,23 +328,23 @@ def test_an_experience_without_elements_needs_no_slot(make_ring):
 
 
 def test_the_first_experience_decides_the_size(make_ring):
-    """Nothing is made before the first write, then one segment with the slots asked for."""
+    """Nothing is made before the first write, then one segment with the cells asked for."""
     ring = make_ring(5)
     assert ring.writer.nbytes == 0
-    place, _ = ring.carry({"a": torch.zeros(1000, dtype=torch.uint8)})
-    assert place.stride == 1024
+    ref, _ = ring.carry({"a": torch.zeros(1000, dtype=torch.uint8)})
+    assert ref.stride == 1024
     assert ring.writer.nbytes == -(-(PAGE + 5 * 1024) // PAGE) * PAGE
     large = make_ring(2)
-    place, _ = large.carry({"a": torch.zeros(PAGE + 1, dtype=torch.uint8)})
-    assert place.stride == 2 * PAGE
+    ref, _ = large.carry({"a": torch.zeros(PAGE + 1, dtype=torch.uint8)})
+    assert ref.stride == 2 * PAGE
 
 
 def test_memory_grows_when_nothing_is_released(make_ring):
-    """A writer that finds every slot held makes a segment, each time as large as all before."""
+    """A writer that finds every cell held makes a segment, each time as large as all before."""
     ring = make_ring(2)
     held = [ring.carry({"a": torch.full((100,), n)}) for n in range(9)]
-    assert [len(one.map[: one.slots]) for one in ring.writer._segments] == [2, 2, 4, 8]
-    assert [place.segment for place, _ in held] == [0, 0, 1, 1, 2, 2, 2, 2, 3]
+    assert [len(one.map[: one.cells]) for one in ring.writer._segments] == [2, 2, 4, 8]
+    assert [ref.segment for ref, _ in held] == [0, 0, 1, 1, 2, 2, 2, 2, 3]
     assert [views["a"].unique().tolist() for _, views in held] == [[n] for n in range(9)]
 
 
@@ -377,18 +382,18 @@ def test_a_larger_experience_makes_a_larger_segment(make_ring):
 
 
 def test_segments_that_are_too_small_are_dropped_when_they_are_free(make_ring):
-    """Neither side keeps a segment whose slots became too small, once nobody holds one."""
+    """Neither side keeps a segment whose cells became too small, once nobody holds one."""
     ring = make_ring(2)
     _, small = ring.carry({"a": torch.zeros(100)})
     _, large = ring.carry({"a": torch.zeros(100_000)})
     assert ring.numbers() == [0, 1]
-    assert sorted(ring.reader._maps) == [0, 1]
+    assert sorted(ring.reader._segments) == [0, 1]
     del small, large
     ring.carry({"a": torch.zeros(100_000)})
     assert ring.numbers() == [1]
-    assert sorted(ring.reader._maps) == [1]
-    place, _ = ring.carry({"a": torch.zeros(100)})
-    assert place.segment == 1
+    assert sorted(ring.reader._segments) == [1]
+    ref, _ = ring.carry({"a": torch.zeros(100)})
+    assert ref.segment == 1
 
 
 def test_growing_experiences_do_not_make_a_segment_each(make_ring):
@@ -398,7 +403,7 @@ def test_growing_experiences_do_not_make_a_segment_each(make_ring):
         _, views = ring.carry({"a": torch.zeros(1000 + 40 * number)})
         del views
     assert ring.writer._next_number < 10
-    assert len(ring.writer._segments) == len(ring.reader._maps) == 1
+    assert len(ring.writer._segments) == len(ring.reader._segments) == 1
 
 
 def test_shapes_may_vary_from_call_to_call(make_ring):
@@ -422,12 +427,12 @@ def test_shapes_may_vary_from_call_to_call(make_ring):
     assert ring.writer._next_number == 2
 
 
-def test_more_slots_than_a_page_has_bytes(make_ring):
-    """However many slots are asked for, a segment has as many as its states' page can tell."""
+def test_more_cells_than_a_page_has_bytes(make_ring):
+    """However many cells are asked for, a segment has as many as its states' page can tell."""
     ring, count = make_ring(10 * PAGE), 2 * (PAGE - 1) + 3
     held = [ring.carry({"a": torch.full((1,), n, dtype=torch.int32)})[1] for n in range(count)]
     assert ring.states() == [PAGE - 1, PAGE - 1, 3]
-    assert {segment.slots for segment in ring.writer._segments} == {PAGE - 1}
+    assert {segment.cells for segment in ring.writer._segments} == {PAGE - 1}
     assert [views["a"].item() for views in held] == list(range(count))
     held.clear()
     assert ring.states() == [0, 0, 0]
@@ -449,14 +454,12 @@ def test_a_ring_holds_as_many_descriptors_as_segments(make_ring):
 
 
 def test_a_new_segment_is_handed_over_until_it_was_told(make_ring):
-    """Every place in a segment brings its descriptor until ``told``, and none afterwards."""
+    """Every cell of a segment brings its descriptor until ``told``, and none afterwards."""
     ring = make_ring()
     first, (fd,) = ring.writer.write({"a": torch.zeros(3)})
     second, (again,) = ring.writer.write({"a": torch.ones(3)})
     assert (fd, first.segment) == (again, second.segment)
-    ring.reader.add(first.segment, os.dup(fd))
-    views = ring.open(first)
-    ring.reader.add(second.segment, os.dup(fd))
+    views = ring.open(first, fd)
     ring.writer.told()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
@@ -509,10 +512,8 @@ async def test_what_a_killed_worker_wrote_stays_readable():
         batches = []
         for _ in range(5):
             payload, fds = await frames.get()
-            place = serialize.loads(payload)
-            if fds:
-                ring.add(place.segment, fds[0])
-            batches.append(place.layout.views(ring.slot(place)))
+            ref = serialize.loads(payload)
+            batches.append(ref.layout.views(taken(ring, ref, fds.claim() if fds else None)))
         with pytest.raises(QueueBroken):
             await frames.get()
     frames.close()
@@ -620,8 +621,8 @@ def test_tensors_of_special_kinds_are_named(make_ring, make, kind):
         make_ring().writer.write({"x": make()})
 
 
-def test_a_copy_that_fails_leaves_the_slot_free(make_ring):
-    """An error in the middle of a write, of whatever kind, takes no slot."""
+def test_a_copy_that_fails_leaves_the_cell_free(make_ring):
+    """An error in the middle of a write, of whatever kind, takes no cell."""
     ring = make_ring()
     ring.carry({"a": torch.zeros(3), "b": torch.zeros(3)})
 

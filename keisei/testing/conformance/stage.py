@@ -187,7 +187,7 @@ class Stage:
                 device="cpu",
                 weights_version=0,
                 threads=1,
-                slots=1,
+                cells=1,
                 paused=True,
                 max_experiences=None,
                 max_rss=None,

@@ -174,7 +174,7 @@ class WorkerCommunicator:
         """
         lines = self._chosen(worker_ids)  # now: a successor was not asked
         what = f"the data of command {command!r}"
-        if serialize.estimated_size(data) > serialize.LARGE:
+        if serialize.is_large(data):
             payload = await to_the_end(lambda: serialize.dumps(data, what))
         else:
             payload = serialize.dumps(data, what)

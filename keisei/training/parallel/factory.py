@@ -36,7 +36,7 @@ def pickle_factory(factory: Callable[[], Worker]) -> bytes:
     if part is not None:
         raise SerializationError(f"{name} cannot be sent to a process: {part}; {_REMEDY}")
     try:
-        return serialize.dumps(factory, name)
+        return serialize.dumps_whole(factory, name)
     except SerializationError as error:
         raise SerializationError(f"{error}; {_REMEDY}") from error
 

@@ -270,7 +270,6 @@ class Flow:
         while self._arrivals:
             self._pop()
         self._round = None
-        self._changed.set()
 
     # the inbox
 

@@ -244,16 +244,18 @@ class Lifecycle:
 
 def _dropped(pool: Pool, loop: asyncio.AbstractEventLoop) -> None:
     """End the workers of a manager that is gone and was not stopped."""
+    if pool.is_closed:
+        return  # its loop has ended before
+    try:
+        loop.call_soon_threadsafe(pool.close_now)
+    except RuntimeError:  # the loop is closed
+        pool.close_now()
     warnings.warn(
         "a ParallelManager was dropped without stop(); its workers are ended now: use 'async with "
         "manager', or await manager.stop()",
         ResourceWarning,
         stacklevel=2,
     )
-    try:
-        loop.call_soon_threadsafe(pool.close_now)
-    except RuntimeError:  # the loop is closed
-        pool.close_now()
 
 
 async def _outcome(task: asyncio.Task[None]) -> None:

@@ -39,6 +39,7 @@ class Pool:
         backend: Starts processes.
         num_workers: Slots that are wanted.
         is_paused: Whether workers are to stand still.
+        is_closed: ``close_now`` was called.
         over: Set when the pool has failed for good, or a stop was requested.
         seed: The root of all seeds.
     """
@@ -55,6 +56,7 @@ class Pool:
         self.seed = seed
         self.num_workers = config.num_workers
         self.is_paused = False
+        self.is_closed = False
         self.over = asyncio.Event()
         self._factory = factory
         self._publish = publish
@@ -110,11 +112,13 @@ class Pool:
             await self.supervisor.stop()
         finally:
             self.flow.discard_all()
+            self.flow.wake()
             self.synchronizer.close()
             await self.backend.aclose()
 
     def close_now(self) -> None:
         """Kill every worker and give everything back at once, without an event loop."""
+        self.is_closed = True
         self.supervisor.kill_all()
         self.flow.discard_all()
         self.synchronizer.close()
@@ -215,7 +219,7 @@ class Pool:
                 device=self._devices[worker_id],
                 weights_version=self.synchronizer.version,
                 threads=self.config.threads_per_worker,
-                slots=self.config.max_queue_size,
+                cells=self.config.max_queue_size,
                 # Every process begins paused: a pause that comes while it starts must hold for
                 # it too.
                 paused=True,
