@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 from multiprocessing import process as mp_process
 from pathlib import Path
 
@@ -14,22 +15,38 @@ def original_dir() -> str:
 
 
 def description() -> dict[str, str]:
-    """Return how a process imports the main script, in multiprocessing's words; empty: it cannot.
-
-    multiprocessing imports no ``__main__.py`` of a package, folder or archive; what was typed or
-    piped into an interpreter has no file.
-    """
+    """Return how a process imports the main script, as multiprocessing has it; empty: it cannot."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:
-        name: str = spec.name
-        is_entry = name == "__main__" or name.endswith(".__main__")
-        return {} if is_entry else {"init_main_from_name": name}
-    path = getattr(main, "__file__", None)
-    if path is None:
-        return {}
-    found = os.path.normpath(Path(original_dir(), path))
-    return {"init_main_from_path": found} if Path(found).is_file() else {}
+        return {} if _is_entry(spec.name) else {"init_main_from_name": spec.name}
+    path = _path(main)
+    return {} if path is None else {"init_main_from_path": path}
+
+
+def why_not_importable() -> str:
+    """Return why a process cannot import the main script, "" if it can."""
+    if description():
+        return ""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        where = getattr(spec, "origin", None) or spec.name
+        return f"{where} is what a package, folder or archive runs, and is not for import"
+    return "it is no file but was typed or piped into an interpreter or a notebook"
+
+
+def _is_entry(name: str) -> bool:
+    """Return whether a module is the ``__main__.py`` of a package, folder or archive."""
+    return name == "__main__" or name.endswith(".__main__")
+
+
+def _path(main: types.ModuleType) -> str | None:
+    file = getattr(main, "__file__", None)
+    if file is None:
+        return None
+    path = os.path.normpath(Path(original_dir(), file))
+    return path if Path(path).is_file() else None
 
 
 def is_being_imported() -> bool:
