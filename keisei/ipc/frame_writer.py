@@ -87,20 +87,23 @@ class FrameWriter:
         self._check()
         if self._unsent:
             self._flush()
-        if self._bound is None:
-            if self.sent % _UNHEARD == _UNHEARD - 1:
-                self._refill()  # nobody waits for these credits, but they must not pile up
-        elif self.credit == 0:
+        is_full = self._bound is not None and self._bound + self.acknowledged == self.sent
+        # Credits of a queue without a bound serve nothing, but they must not pile up.
+        if is_full or (self._bound is None and self.sent % _UNHEARD == _UNHEARD - 1):
             self._refill()
-        self._check()
-        if self.credit == 0:
+            is_full = self.credit == 0
+        if self._ended is not None:
+            self._check()
+        if is_full:
             raise QueueWouldBlock("the queue is full")
         if len(fds) > wire.MAX_FDS:
             raise ValueError(f"a frame carries up to {wire.MAX_FDS} descriptors, not {len(fds)}")
-        size = wire.nbytes_of(payload)
+        size = len(payload) if isinstance(payload, bytes) else wire.nbytes_of(payload)
         header = wire.HEADER.pack(size | len(fds) << wire.LENGTH_BITS)
         parts = (header, *payload) if isinstance(payload, tuple) else (header, payload)
-        done = 0 if self._unsent else self._send(parts, fds)
+        is_small = size <= wire.SHARE and len(parts) <= wire.MAX_PARTS
+        first = parts if is_small else _share_of(parts, wire.HEADER.size + wire.SHARE)
+        done = 0 if self._unsent else self._send(first, fds)
         if not done and (fds or self._bound is None):
             raise QueueWouldBlock("the frames before are still on their way")
         self.sent += 1
@@ -129,8 +132,7 @@ class FrameWriter:
         if fds:
             rights = ((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)),)
         try:
-            share = _share_of(parts, wire.HEADER.size + wire.SHARE)
-            return self._sock.sendmsg(share, rights, wire.SEND_FLAGS)
+            return self._sock.sendmsg(parts, rights, wire.SEND_FLAGS)
         except BlockingIOError:
             return 0
         except ConnectionError as error:

@@ -6,7 +6,10 @@ another one by SIGBUS. Where the kernel refuses seals, memory is shared without 
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -19,6 +22,10 @@ from typing import Any
 from keisei.ipc import forks, kernel
 
 PAGE = mmap.PAGESIZE
+_OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What keeps this process from mapping anything; any other error is about the descriptor."""
+_SLOW_TO_UNMAP = 1 << 23
+"""Bytes from which on a mapping is unmapped in a thread."""
 
 
 class NotShared(ValueError):
@@ -80,8 +87,8 @@ def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.m
 
     Raises:
         NotShared: It is not memory from ``create``, its size could still be changed, or is not
-            ``size``. Nothing was mapped.
-        OSError: It cannot be mapped.
+            ``size``, or it was opened in a way that refuses such a mapping. Nothing was mapped.
+        OSError: This process can map no more: it has no descriptors or addresses left.
     """
     try:
         status = os.fstat(fd)
@@ -94,6 +101,12 @@ def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.m
             if seals is None or seals & kernel.SIZE_SEALS != kernel.SIZE_SEALS:
                 raise NotShared("the size of shared memory is not sealed")
         return _mapped(fd, status.st_size, writable=writable)
+    except OSError as error:
+        if error.errno in _OUR_LIMITS:
+            raise
+        raise NotShared(f"shared memory cannot be mapped: {error.strerror}") from error
+    except OverflowError as error:
+        raise NotShared("shared memory is larger than any address") from error
     finally:
         os.close(fd)
 
@@ -143,16 +156,41 @@ def readable(whole: mmap.mmap) -> ctypes.Array[Any]:
     return kept
 
 
+class Region:
+    """A mapping that is kept by all that lies on it.
+
+    The last of them to go has it unmapped: a large one in a thread of its own, because that takes
+    tens of milliseconds, in which an event loop would stand still.
+    """
+
+    __slots__ = ("address", "generation", "map")
+
+    def __init__(self, whole: mmap.mmap) -> None:
+        """Take ``whole`` over; it must be writable."""
+        self.map = whole
+        self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(whole))
+        self.generation = forks.generation
+
+    def __del__(self) -> None:
+        if len(self.map) >= _SLOW_TO_UNMAP and self.generation == forks.generation:
+            # Not threading.Thread, which takes locks: this may be the garbage collector's call.
+            with contextlib.suppress(RuntimeError):  # no room for a thread: it is unmapped here
+                _thread.start_new_thread(self.map.close, ())
+
+
 def part(
-    whole: mmap.mmap, start: int, nbytes: int, on_unused: Callable[[], object]
+    region: Region, start: int, nbytes: int, on_unused: Callable[[], object]
 ) -> ctypes.Array[Any]:
-    """Return a buffer on a part of ``whole``.
+    """Return a buffer on a part of ``region``.
 
     Whatever is built on the buffer keeps it alive; when nothing does any more, ``on_unused`` is
     called, in whatever thread that happens. A forked child that lets go of its copy calls nothing:
     the part is its parent's.
     """
-    buffer = _buffer_type(nbytes).from_buffer(whole, start)
+    if not 0 <= start <= start + nbytes <= len(region.map):
+        raise ValueError(f"bytes {start} to {start + nbytes} are not in {len(region.map)}")
+    buffer = _buffer_type(nbytes).from_address(region.address + start)
+    buffer.region = region
     buffer.on_unused = on_unused
     buffer.generation = forks.generation
     part: ctypes.Array[Any] = buffer

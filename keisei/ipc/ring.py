@@ -191,7 +191,8 @@ class SharedSegment:
             NotShared: It is not what the frame says.
             OSError: It cannot be mapped.
         """
-        self.map = memory.attach(fd, ref.segment_nbytes)
+        self._region = memory.Region(memory.attach(fd, ref.segment_nbytes))
+        self.map = self._region.map
         self.stride = ref.stride
         self.held: set[int] = set()
 
@@ -218,7 +219,7 @@ class SharedSegment:
         """
         self.held.add(cell)
         free = functools.partial(_free, self.held, self.map, cell)
-        return memory.part(self.map, _STATES + cell * self.stride, self.stride, free)
+        return memory.part(self._region, _STATES + cell * self.stride, self.stride, free)
 
 
 def _free(held: set[int], states: mmap.mmap, cell: int) -> None:

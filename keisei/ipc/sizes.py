@@ -27,6 +27,8 @@ def is_large(value: Any) -> bool:
     Looks at no more than ``MANY`` of them, and into the attributes of objects of any class. An
     object that cannot even be looked at counts as large.
     """
+    if type(value) in _FIXED:
+        return False
     try:
         return _exceeds(value, LARGE, MANY)
     except Exception:  # noqa: BLE001 - a property of the value raised; pickling it tells more

@@ -18,7 +18,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -26,7 +26,6 @@ from keisei.exceptions import WeightsError
 from keisei.ipc import forks, memory
 from keisei.ipc.layout import Layout, Views, describe
 from keisei.ipc.memory import PAGE, round_up
-from keisei.ipc.tensors import special_kind
 
 BUFFERS = 2
 """Two: what lies beside the newest version is the one before it, as ``revert`` needs."""
@@ -176,19 +175,20 @@ class _Spare:
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._free: mmap.mmap | None = None
+        self._free: memory.Region | None = None
 
     def take(self) -> ctypes.Array[Any]:
         """Return a buffer that is the caller's alone as long as anything refers to it."""
         block, self._free = self._free, None
         if block is None:
-            block = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            fresh = mmap.mmap(-1, self._nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 with contextlib.suppress(OSError):  # a kernel without them
-                    block.madvise(mmap.MADV_HUGEPAGE)
+                    fresh.madvise(mmap.MADV_HUGEPAGE)
+            block = memory.Region(fresh)
         return memory.part(block, 0, self._nbytes, functools.partial(self._give_back, block))
 
-    def _give_back(self, block: mmap.mmap) -> None:
+    def _give_back(self, block: memory.Region) -> None:
         if self._nbytes <= _KEPT:
             self._free = block
 
@@ -252,35 +252,3 @@ class WeightsReader:
             _fence()
             if self._arena.words[_STAMPS + version % BUFFERS] == version:
                 return version
-
-
-class HasStateDict(Protocol):
-    """A module, a learner, or anything else that names its tensors."""
-
-    def state_dict(self) -> Mapping[str, torch.Tensor]:
-        """Return the tensors by name."""
-        ...
-
-
-def tensors_of(source: HasStateDict | Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the named tensors of a module or a state dict, without copying.
-
-    Raises:
-        WeightsError: It holds something that is not a dense tensor, or nothing.
-    """
-    state: Mapping[str, Any] = source if isinstance(source, Mapping) else source.state_dict()
-    bad = [f"{name} is {flaw}" for name, value in state.items() if (flaw := _flaw(value))]
-    if bad:
-        raise WeightsError("weights must be dense tensors: " + "; ".join(bad))
-    if not state:
-        raise WeightsError("weights must hold at least one tensor; this state dict is empty")
-    return dict(state)
-
-
-def _flaw(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__qualname__}"
-    kind = special_kind(value)
-    if kind == "meta":
-        return "on the meta device and has no values"
-    return f"a {kind} tensor" if kind else ""

@@ -47,7 +47,11 @@ def padding(nbytes: int) -> bytes:
 
 
 def nbytes_of(payload: Payload) -> int:
-    """Return how many bytes ``payload`` has."""
+    """Return how many bytes ``payload`` has.
+
+    Raises:
+        TypeError: A part of it is not contiguous, so it cannot be sent as it is.
+    """
     if isinstance(payload, tuple):
         return sum(map(nbytes_of, payload))
-    return payload.nbytes if isinstance(payload, memoryview) else len(payload)
+    return len(payload.cast("B") if isinstance(payload, memoryview) else payload)

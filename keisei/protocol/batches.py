@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keisei.exceptions import SerializationError
 from keisei.ipc import serialize
@@ -14,7 +14,14 @@ from keisei.ipc.ring import CellRef, RingReader
 from keisei.protocol import messages
 from keisei.protocol.errors import ProtocolError
 
+if TYPE_CHECKING:
+    import torch
+
 _REMEMBERED = 16
+_HEAVY = 1 << 14
+"""Bytes of a frame above which it is parsed in a thread: the names of some 500 tensors."""
+_MANY = 1000
+"""Tensors of an experience above which they are made in a thread."""
 _NO_VIEWS = Views(Layout((), 0))
 
 
@@ -28,6 +35,7 @@ class PendingBatch(NamedTuple):
         incarnation: The process of that slot.
         memory: The cell, which is free again when nothing refers to this buffer any more.
         views: Makes the tensors on ``memory``.
+        tensors: Those tensors, where they are so many that the thread has made them already.
         info: The small values that came along.
         num_steps: Environment steps.
         sequence: 0, 1, 2 … within the incarnation.
@@ -44,6 +52,11 @@ class PendingBatch(NamedTuple):
     sequence: int
     version: int
     seed: int
+    tensors: dict[str, torch.Tensor] | None = None
+
+    def opened(self) -> dict[str, torch.Tensor]:
+        """Return the tensors; they keep the cell."""
+        return self.views.on(self.memory) if self.tensors is None else self.tensors
 
 
 class BatchParser:
@@ -61,10 +74,9 @@ class BatchParser:
         self._views = _NO_VIEWS
         self._known: dict[Layout, Views] = {}
 
-    @staticmethod
-    def is_heavy(payload: memoryview) -> bool:
-        """Return whether a frame is worth a thread: many names, or much in ``info``."""
-        return len(payload) > serialize.LARGE
+    def is_heavy(self, payload: memoryview) -> bool:
+        """Return whether a frame is worth a thread: many tensors, or much in ``info``."""
+        return len(payload) > _HEAVY or len(self._views.layout.fields) > _MANY
 
     def parse(
         self, payload: memoryview, fds: Descriptors, *, outstanding: int, newest_version: int
@@ -82,6 +94,7 @@ class BatchParser:
 
         Raises:
             ProtocolError: The frame is malformed, or claims what cannot be.
+            OSError: This process cannot map the memory; the worker is not to blame.
         """
         frame: messages.ExperienceFrame = messages.unpack(payload, messages.EXPERIENCE, fds)
         try:
@@ -96,22 +109,26 @@ class BatchParser:
             info: Any = {} if frame.info is None else serialize.loads(frame.info, "its info")
             if type(info) is not dict:
                 raise ProtocolError(f"the info of an experience is a {type(info).__qualname__}")
-        except (NotShared, OSError, SerializationError) as error:
+        except (NotShared, SerializationError) as error:
             raise ProtocolError(f"experience {frame.sequence}: {error}") from error
         finally:
             fds.close()
+        memory = self._ring.take(ref, segment)
+        is_heavy = self.is_heavy(payload) or len(views.layout.fields) > _MANY
+        tensors = views.on(memory) if is_heavy else None
         self.received += 1
         self._views = views
         return PendingBatch(
             self._worker_id,
             self._incarnation,
-            self._ring.take(ref, segment),
+            memory,
             views,
             info,
             frame.num_steps,
             frame.sequence,
             frame.version,
             frame.seed,
+            tensors,
         )
 
     def _check_order(

@@ -159,7 +159,7 @@ def cut(frame: Bytes, at: int, nbytes: int) -> Bytes:
 
 def write_payload(out: bytearray, payload: wire.Payload) -> wire.Payload:
     """Return the frame of ``out`` and ``payload``, which comes last; a large one is not copied."""
-    nbytes = wire.nbytes_of(payload)
+    nbytes = len(payload) if isinstance(payload, bytes) else wire.nbytes_of(payload)
     out += _INT.pack(nbytes)
     if nbytes < _ALIGNED:
         out += b"".join(payload) if isinstance(payload, tuple) else payload
@@ -170,7 +170,10 @@ def write_payload(out: bytearray, payload: wire.Payload) -> wire.Payload:
 
 def read_payload(frame: Bytes, at: int) -> tuple[memoryview, int]:
     """Return a view of the payload at ``at`` and the position behind it."""
-    nbytes, at = INT.read(frame, at)
+    (nbytes,) = _INT.unpack_from(frame, at)
+    at += _INT.size
     if nbytes >= _ALIGNED:
         at += -at % wire.ALIGNMENT
-    return memoryview(cut(memoryview(frame), at, nbytes)), at + nbytes
+    if not 0 <= nbytes <= len(frame) - at:
+        raise ValueError("it is cut")
+    return memoryview(frame)[at : at + nbytes], at + nbytes

@@ -215,7 +215,8 @@ class Line:
     @property
     def outstanding(self) -> int:
         """Experiences that the worker may collect or is collecting."""
-        return self._receiver.outstanding
+        receiver = self._receiver  # read here, not through its property: this is every batch's path
+        return receiver.granted - receiver.parser.received
 
     @property
     def has_requests(self) -> bool:

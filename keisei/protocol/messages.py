@@ -10,10 +10,10 @@ from __future__ import annotations
 import struct
 from typing import Any, NamedTuple
 
-from keisei.ipc.descriptors import Descriptors
+from keisei.ipc.descriptors import NO_DESCRIPTORS, Descriptors
 from keisei.ipc.layout import Layout
 from keisei.ipc.sizes import LARGE
-from keisei.ipc.wire import Payload, nbytes_of
+from keisei.ipc.wire import Payload
 from keisei.protocol import codec
 from keisei.protocol.codec import BOOL, INT, LAYOUT, OPTIONAL_INT, TEXT, Bytes, Coder
 from keisei.protocol.errors import ProtocolError
@@ -175,34 +175,46 @@ EXPERIENCE: frozenset[type[Any]] = frozenset({ExperienceFrame})
 """The kinds that each queue carries; any other in it is its sender's error."""
 
 
-class _Form(NamedTuple):
-    """How the messages of one kind lie in a frame: their fields in order, then the payload."""
+class _Form:
+    """How the messages of one kind lie in a frame.
 
-    kind: type[Any]
-    coders: tuple[Coder[Any], ...]
-    """Of the fields in order, but for the payload."""
-    payload: int | None = None
-    """The field's place among the fields."""
+    Its number and the integers that it begins with, the other fields in order, then the payload.
+    """
+
+    def __init__(
+        self,
+        kind: type[Any],
+        num_ints: int,
+        coders: tuple[Coder[Any], ...] = (),
+        payload: int | None = None,
+    ) -> None:
+        """Describe a kind; ``payload`` is the place of that field among the fields."""
+        self.kind = kind
+        self.head = struct.Struct(f"<B{num_ints}q")
+        self.num_ints = num_ints
+        self.coders = coders
+        self.payload = payload
 
 
-_FORMS: tuple[_Form, ...] = (
+_FORMS = (
     _Form(
         Hello,
-        (INT, INT, INT, INT, TEXT, INT, INT, INT, BOOL, OPTIONAL_INT, OPTIONAL_INT),
+        4,
+        (TEXT, INT, INT, INT, BOOL, OPTIONAL_INT, OPTIONAL_INT),
         payload=0,
     ),
-    _Form(Command, (INT, TEXT), payload=2),
-    _Form(Pause, (INT,)),
-    _Form(Resume, ()),
-    _Form(Stop, ()),
-    _Form(Arena, (LAYOUT,)),
-    _Form(Announcement, (INT, BOOL)),
-    _Form(Ready, (INT, BOOL)),
-    _Form(Reply, (INT,), payload=1),
-    _Form(ReplyError, (INT, TEXT, TEXT)),
-    _Form(Applied, (INT,)),
-    _Form(Failed, (TEXT, TEXT, TEXT, BOOL)),
-    _Form(Goodbye, (TEXT,)),
+    _Form(Command, 1, (TEXT,), payload=2),
+    _Form(Pause, 1),
+    _Form(Resume, 0),
+    _Form(Stop, 0),
+    _Form(Arena, 0, (LAYOUT,)),
+    _Form(Announcement, 1, (BOOL,)),
+    _Form(Ready, 1, (BOOL,)),
+    _Form(Reply, 1, payload=1),
+    _Form(ReplyError, 1, (TEXT, TEXT)),
+    _Form(Applied, 1),
+    _Form(Failed, 0, (TEXT, TEXT, TEXT, BOOL)),
+    _Form(Goodbye, 0, (TEXT,)),
 )
 _NUMBERS = {form.kind: number for number, form in enumerate(_FORMS)}
 _EXPERIENCE_NUMBER = len(_FORMS)
@@ -221,13 +233,16 @@ def pack(message: Message) -> Payload:
         if type(message) is ExperienceFrame:
             return _pack_experience(message)
         number = _NUMBERS[type(message)]
-        _, coders, payload = _FORMS[number]
-        out = bytearray((number,))
+        form = _FORMS[number]
         fields: list[Any] = list(message)
-        last: Any = None if payload is None else fields.pop(payload)
-        for coder, value in zip(coders, fields, strict=True):
+        payload: Any = None if form.payload is None else fields.pop(form.payload)
+        ints = fields[: form.num_ints]
+        if ints and min(ints) < 0:
+            raise ValueError("a number is negative")  # noqa: TRY301 - told with the others
+        out = bytearray(form.head.pack(number, *ints))
+        for coder, value in zip(form.coders, fields[form.num_ints :], strict=True):
             coder.write(out, value)
-        return bytes(out) if payload is None else codec.write_payload(out, last)
+        return bytes(out) if form.payload is None else codec.write_payload(out, payload)
     except (struct.error, ValueError, OverflowError, IndexError) as error:
         raise ValueError(f"a {type(message).__name__} does not fit a frame: {error}") from error
 
@@ -246,9 +261,19 @@ def unpack(frame: Bytes, allowed: frozenset[type[Any]], fds: Descriptors | None 
     """
     is_right = False
     try:
-        message = _unpack(frame, allowed)
-        if fds is not None:
-            _check_fds(message, fds)
+        number = frame[0]
+        if number == _EXPERIENCE_NUMBER:
+            kind: type[Any] = ExperienceFrame
+        else:
+            kind = _FORMS[number].kind
+        if kind not in allowed:
+            raise ProtocolError(f"a {kind.__name__} has no business in this queue")
+        read = _read_experience if kind is ExperienceFrame else _read
+        message, end, num_fds = read(frame)
+        if end != len(frame):
+            raise ValueError(f"{len(frame) - end} bytes follow on its fields")
+        if fds is not None and num_fds != (0 if fds is NO_DESCRIPTORS else len(fds)):
+            raise ValueError(f"{len(fds)} descriptors came with it instead of {num_fds}")
         is_right = True
     except codec.MALFORMED as error:
         raise ProtocolError(f"a frame of {len(frame)} bytes is malformed: {error}") from error
@@ -260,41 +285,23 @@ def unpack(frame: Bytes, allowed: frozenset[type[Any]], fds: Descriptors | None 
 
 def is_heavy(message: Message) -> bool:
     """Return whether to unpickle a message's payload is worth a thread."""
-    return isinstance(message, (Command, Reply)) and nbytes_of(message.payload) > LARGE
+    return isinstance(message, (Command, Reply)) and len(message.payload) > LARGE
 
 
-def _unpack(frame: Bytes, allowed: frozenset[type[Any]]) -> Message:
-    number = frame[0]
-    kind = ExperienceFrame if number == _EXPERIENCE_NUMBER else _FORMS[number].kind
-    if kind not in allowed:
-        raise ProtocolError(f"a {kind.__name__} has no business in this queue")
-    if number == _EXPERIENCE_NUMBER:
-        return _unpack_experience(frame)
-    _, coders, payload = _FORMS[number]
-    fields, at = [], 1
-    for coder in coders:
+def _read(frame: Bytes) -> tuple[Any, int, int]:
+    """Return the message in a frame, where it ends, and how many descriptors it comes with."""
+    form = _FORMS[frame[0]]
+    _, *fields = form.head.unpack_from(frame)
+    if fields and min(fields) < 0:
+        raise ValueError("a number is out of range")
+    at = form.head.size
+    for coder in form.coders:
         value, at = coder.read(frame, at)
         fields.append(value)
-    if payload is not None:
+    if form.payload is not None:
         value, at = codec.read_payload(frame, at)
-        fields.insert(payload, value)
-    _check_end(frame, at)
-    message: Message = kind._make(fields)
-    return message
-
-
-def _check_end(frame: Bytes, at: int) -> None:
-    if at != len(frame):
-        raise ValueError(f"{len(frame) - at} bytes follow on its fields")
-
-
-def _check_fds(message: Message, fds: Descriptors) -> None:
-    if isinstance(message, ExperienceFrame):
-        expected = int(message.segment_nbytes > 0)
-    else:
-        expected = int(isinstance(message, Arena))
-    if len(fds) != expected:
-        raise ValueError(f"{len(fds)} descriptors came with it instead of {expected}")
+        fields.insert(form.payload, value)
+    return form.kind._make(fields), at, int(form.kind is Arena)
 
 
 def _pack_experience(message: ExperienceFrame) -> Payload:
@@ -322,7 +329,7 @@ def _pack_experience(message: ExperienceFrame) -> Payload:
     return bytes(out) if info is None else codec.write_payload(out, info)
 
 
-def _unpack_experience(frame: Bytes) -> ExperienceFrame:
+def _read_experience(frame: Bytes) -> tuple[Any, int, int]:
     fixed = _EXPERIENCE.unpack_from(frame)
     _, flags, cell, segment, sequence, version, stride, segment_nbytes, steps, seed = fixed
     if min(fixed) < 0 or flags > _HAS_LAYOUT | _HAS_INFO:
@@ -332,7 +339,7 @@ def _unpack_experience(frame: Bytes) -> ExperienceFrame:
         layout, at = LAYOUT.read(frame, at)
     if flags & _HAS_INFO:
         info, at = codec.read_payload(frame, at)
-    _check_end(frame, at)
-    return ExperienceFrame(
+    message = ExperienceFrame(
         sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed
     )
+    return message, at, int(segment_nbytes > 0)

@@ -76,6 +76,7 @@ class Receiver:
     the result, is the application's, and is told as that.
 
     Attributes:
+        parser: Turns frames into experiences, and counts them.
         granted: Experiences that the worker was allowed to collect so far.
         owner: Told what the worker says; ``None`` before ``listen`` and after ``close``.
         takes_weights: Whether the worker can load weights; ``None`` until it is ready.
@@ -93,7 +94,7 @@ class Receiver:
     ) -> None:
         self._experience = experience
         self._reply = reply
-        self._parser = parser
+        self.parser = parser
         self._requests = requests
         self._newest_version = newest_version
         self._coalescer = Coalescer()
@@ -116,17 +117,17 @@ class Receiver:
         self.owner = None
         self._experience.close()
         self._reply.close()
-        self._parser.close()
+        self.parser.close()
 
     @property
     def received(self) -> int:
         """Experiences that have arrived."""
-        return self._parser.received
+        return self.parser.received
 
     @property
     def outstanding(self) -> int:
         """Experiences that the worker may collect or is collecting."""
-        return self.granted - self._parser.received
+        return self.granted - self.parser.received
 
     async def read_arrived(self) -> None:
         """Deliver every experience that was sent up to this moment."""
@@ -151,10 +152,10 @@ class Receiver:
     # experiences
 
     def _on_experience(self) -> None:
-        before = self._parser.received
+        before = self.parser.received
         self._take_experiences()
         now = asyncio.get_running_loop().time()
-        count = self._parser.received - before
+        count = self.parser.received - before
         look_at = self._coalescer.next_look(now, count, self.outstanding)
         if look_at is not None:
             self._experience.rest(look_at)
@@ -162,7 +163,7 @@ class Receiver:
     def _take_experiences(self) -> None:
         """Take what is here. A heavy frame is parsed in a thread, and what follows it waits."""
         while self._parsing is None and (frame := self._next(self._experience)) is not None:
-            if self._parser.is_heavy(frame[0]):
+            if self.parser.is_heavy(frame[0]):
                 self._parsing = in_thread(lambda heavy=frame: self._parse(*heavy))  # type: ignore[misc]
                 self._parsing.add_done_callback(self._on_parsed)
                 return
@@ -174,8 +175,11 @@ class Receiver:
                 self._hand_over(batch)
 
     def _parse(self, payload: memoryview, fds: Descriptors) -> PendingBatch:
-        return self._parser.parse(
-            payload, fds, outstanding=self.outstanding, newest_version=self._newest_version()
+        return self.parser.parse(
+            payload,
+            fds,
+            outstanding=self.granted - self.parser.received,
+            newest_version=self._newest_version(),
         )
 
     def _on_parsed(self, parsing: asyncio.Future[PendingBatch]) -> None:

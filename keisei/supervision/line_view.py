@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from keisei.protocol.line import Line
 from keisei.supervision.incarnation import Incarnation
@@ -22,13 +23,31 @@ class LineView(Mapping[int, Line]):
         self._holds = holds
 
     def __getitem__(self, worker_id: int) -> Line:
-        line = self._incarnations[worker_id].line
-        if line is None or not self._holds(worker_id):
+        one = self._incarnations[worker_id]
+        if one.line is None or not self._holds(worker_id):
             raise KeyError(worker_id)
-        return line
+        return one.line
+
+    def get(self, worker_id: int, default: Any = None) -> Any:
+        """Return a line, or ``default`` if there is none: every batch's path."""
+        one = self._incarnations.get(worker_id)
+        if one is None or one.line is None or not self._holds(worker_id):
+            return default
+        return one.line
+
+    def __contains__(self, worker_id: object) -> bool:
+        return isinstance(worker_id, int) and self.get(worker_id) is not None
+
+    def now(self) -> dict[int, Line]:
+        """Return the lines that there are at this moment, in the order of the slots."""
+        return {
+            worker_id: one.line
+            for worker_id, one in sorted(self._incarnations.items())
+            if one.line is not None and self._holds(worker_id)
+        }
 
     def __iter__(self) -> Iterator[int]:
-        return iter([worker_id for worker_id in sorted(self._incarnations) if worker_id in self])
+        return iter(self.now())
 
     def __len__(self) -> int:
-        return sum(worker_id in self for worker_id in self._incarnations)
+        return len(self.now())

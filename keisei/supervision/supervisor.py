@@ -58,8 +58,8 @@ class Supervisor:
         self.incidents: list[Incident] = []
         self.num_restarts = 0
         self.failure: Exception | None = None
-        self.lines: Mapping[int, Line] = LineView(self._incarnations, lambda _: True)
-        self.ready: Mapping[int, Line] = LineView(self._incarnations, self.is_ready)
+        self.lines = LineView(self._incarnations, lambda _: True)
+        self.ready = LineView(self._incarnations, self.is_ready)
         self._table = SlotTable(
             policy=config.restart,
             min_workers=config.min_workers,

@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from keisei.ipc import serialize, weights
 from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.layout import describe
 from keisei.ipc.memory import PAGE
-from keisei.ipc.weights import WeightsPublisher, WeightsReader, tensors_of
+from keisei.ipc.weights import WeightsPublisher, WeightsReader
 from torch_helpers import DTYPES, Copies
 
 
@@ -120,8 +119,8 @@ def test_weights_are_read_into_a_module(pair):
     """read_into fills parameters and buffers in place, as the module's own."""
     source = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     target = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    publisher, reader = pair(tensors_of(source))
-    publisher.publish(tensors_of(source))
+    publisher, reader = pair(source.state_dict())
+    publisher.publish(source.state_dict())
     places = {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
     assert reader.read_into(target.state_dict()) == 1
     for name, tensor in target.state_dict().items():
@@ -374,46 +373,3 @@ def test_values_are_the_trainers_business(pair):
     publisher.publish(odd)
     read, _ = reader.read()
     assert torch.equal(read["a"].view(torch.int32), odd["a"].view(torch.int32))
-
-
-def test_tensors_are_taken_from_modules_and_mappings_alike():
-    """A module, anything with a state_dict, and a mapping give their tensors, not copies."""
-    module = torch.nn.Linear(2, 3)
-    state = module.state_dict()
-    for source in (module, state, SimpleNamespace(state_dict=lambda: state)):
-        tensors = tensors_of(source)
-        assert type(tensors) is dict
-        assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == {
-            "weight": module.weight.data_ptr(),
-            "bias": module.bias.data_ptr(),
-        }
-
-
-@pytest.mark.filterwarnings("ignore:.*quantize.*:UserWarning")
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: {"a": torch.zeros(1), "b": 3, "c": [torch.zeros(1)]},
-            "weights must be dense tensors: b is a int; c is a list",
-        ),
-        (
-            lambda: {"s": torch.eye(2).to_sparse()},
-            "weights must be dense tensors: s is a torch.sparse_coo tensor",
-        ),
-        (
-            lambda: {"q": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
-            "weights must be dense tensors: q is a quantized tensor",
-        ),
-        (
-            lambda: torch.nn.Linear(1, 1, bias=False, device="meta"),
-            "weights must be dense tensors: weight is on the meta device and has no values",
-        ),
-        (dict, "weights must hold at least one tensor; this state dict is empty"),
-        (torch.nn.ReLU, "weights must hold at least one tensor; this state dict is empty"),
-    ],
-)
-def test_what_cannot_be_published_is_named(make, message):
-    """Values that are no dense tensors, and empty state dicts, are refused by name."""
-    with pytest.raises(WeightsError, match=f"^{re.escape(message)}$"):
-        tensors_of(make())

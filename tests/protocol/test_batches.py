@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -318,7 +319,7 @@ def test_frames_that_are_worth_a_thread_are_told(info, names, is_heavy):
         0,
     )
     payload = memoryview(joined(messages.pack(frame)))
-    assert BatchParser.is_heavy(payload) is is_heavy
+    assert BatchParser(0, 0).is_heavy(payload) is is_heavy
 
 
 def test_known_layouts_are_not_made_again(worker):
@@ -413,3 +414,49 @@ def test_closing_unmaps_what_no_batch_holds(worker):
 def mappings():
     maps = Path("/proc/self/maps").read_text()
     return sum("keisei-experience" in line for line in maps.splitlines())
+
+
+def test_many_tensors_are_made_in_the_thread_that_parses(worker):
+    """Also by a frame without names, which is small; few are made by whoever takes them."""
+    assert worker.deliver().tensors is None
+    many = Worker()
+    with closing(many):
+        for number in range(3):
+            data = {f"w{key}": torch.full((2,), number) for key in range(1001)}
+            ref, fds = many.ring.write(data)
+            frame = messages.ExperienceFrame(
+                sequence=number,
+                version=2,
+                segment=ref.segment,
+                segment_nbytes=ref.segment_nbytes if fds else 0,
+                cell=ref.cell,
+                stride=ref.stride,
+                layout=None if number else ref.layout,
+                num_steps=8,
+                info=None,
+                seed=11,
+            )
+            payload = memoryview(joined(messages.pack(frame)))
+            assert many.parser.is_heavy(payload)
+            batch = many.parse(frame, Descriptors(map(os.dup, fds)))
+            assert batch.opened() is batch.tensors
+            assert {name: tensor.tolist() for name, tensor in batch.opened().items()} == {
+                name: [number, number] for name in data
+            }
+            del batch
+            assert many.states() == [0]
+
+
+def test_a_process_without_descriptors_blames_no_worker(worker, monkeypatch):
+    """What keeps this process from mapping memory is no ProtocolError; the frame's are closed."""
+    frame, fds = worker.frame()
+    before = open_fds()
+
+    def refuse(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(memory, "_mapped", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        worker.parse(frame, fds)
+    assert open_fds() == before - 1
+    assert worker.parser.received == 0

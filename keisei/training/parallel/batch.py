@@ -48,17 +48,16 @@ class ExperienceBatch:
     @classmethod
     def of(cls, pending: PendingBatch, newest_version: int) -> ExperienceBatch:
         """Wrap the shared memory of what has arrived as tensors, which own the memory too."""
-        (worker_id, incarnation, memory, views, info, num_steps, sequence, version, seed) = pending
         return cls(
-            views.on(memory),
-            info,
-            num_steps,
-            worker_id,
-            incarnation,
-            sequence,
-            version,
-            max(0, newest_version - version),
-            seed,
+            pending.opened(),
+            pending.info,
+            pending.num_steps,
+            pending.worker_id,
+            pending.incarnation,
+            pending.sequence,
+            pending.version,
+            max(0, newest_version - pending.version),
+            pending.seed,
         )
 
     def release(self) -> None:

@@ -172,7 +172,15 @@ class WorkerCommunicator:
             WorkerLost: A worker died before it answered.
             CommandTimeout: A worker did not answer in time.
         """
-        lines = self._chosen(worker_ids)  # now: a successor was not asked
+        return await self.command(self._chosen(worker_ids), command, data, timeout)
+
+    async def command(
+        self, lines: Mapping[int, Line], command: str, data: Any, timeout: float | None
+    ) -> dict[int, Any]:
+        """Do as ``send_control_command`` for the processes at the other ends of ``lines``.
+
+        A successor of one of them is not asked.
+        """
         what = f"the data of command {command!r}"
         if serialize.is_large(data):
             payload = await to_the_end(lambda: serialize.dumps(data, what))

@@ -116,7 +116,7 @@ class Flow:
         if self._config.mode != "async":
             return
         for line in self._ready.values():
-            line.grant(self._room_of(line))
+            line.grant(self._room_of(line, line.outstanding))
 
     def _top_up_one(self, worker_id: int) -> None:
         """Grant what a worker's arrival or delivery allows.
@@ -126,21 +126,22 @@ class Flow:
         if self._is_pacing:
             self.top_up()
         elif self._config.mode == "async" and (line := self._ready.get(worker_id)) is not None:
-            room = self._room_of(line)
+            outstanding = line.outstanding
+            room = self._room_of(line, outstanding)
             # While a worker has work for a while, room is told in twos and more: each telling
             # costs a system call and may wake the worker up.
-            if line.outstanding == 0 or 2 * room >= self._config.max_queue_size:
+            if outstanding == 0 or 2 * room >= self._config.max_queue_size:
                 line.grant(room)
 
-    def _room_of(self, line: Line) -> int:
+    def _room_of(self, line: Line, outstanding: int) -> int:
         """Return how many more experiences a worker may collect."""
-        held = line.outstanding
+        held = outstanding
         if self._config.overflow == "block":
             held += self._queued[line.worker_id]
         room = self._config.max_queue_size - held
         if room > 0 and self._is_pacing:
             room = min(room, self._room_within_pace())
-        if self._steps_queued < self._demand and line.outstanding == 0:
+        if self._steps_queued < self._demand and outstanding == 0:
             room = max(room, 1)  # somebody waits for more than the queues can hold
         return room
 

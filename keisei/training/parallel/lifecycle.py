@@ -77,6 +77,7 @@ class Lifecycle:
         self._learner = learner
         self._backend = backend
         self._hub = EventHub(observers)
+        self._observers = self._hub.observers
         self._seed = self.config.seed if self.config.seed is not None else draw_root()
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -74,6 +74,9 @@ class ModelSynchronizer:
         on_pushed: Called in the event loop with each new version and its bytes.
         clock: Time of day in seconds, for the timestamp of a snapshot.
 
+    Attributes:
+        newest_version: A function that returns ``version``, for whoever asks at every batch.
+
     Raises:
         ConfigurationError: If ``sync_interval`` is below 1.
     """
@@ -101,6 +104,7 @@ class ModelSynchronizer:
             on_published=self._published,
         )
         self._poisoned: PoisonedWeights | None = None
+        self.newest_version = self._weights.newest_version
         self._last_sync_step = 0
         self._syncs_completed = 0
         self._models_prepared = 0
@@ -137,7 +141,7 @@ class ModelSynchronizer:
     @property
     def version(self) -> int:
         """The newest version; 0 is none."""
-        return self._weights.version
+        return self._weights.newest_version()
 
     async def push(self, weights: WeightsSource) -> int:
         """Publish weights to all workers and return their version.

@@ -205,11 +205,13 @@ class ParallelManager(Lifecycle):
             ManagerStateError: The manager is not running.
         """
         pool = self._usable()
-        chosen = sorted(pool.ready) if worker_ids is None else list(dict.fromkeys(worker_ids))
-        for worker_id in chosen:
-            if worker_id not in pool.ready:
+        ready = pool.ready.now()
+        lines = ready if worker_ids is None else {}
+        for worker_id in worker_ids or ():
+            if worker_id not in ready:
                 raise WorkerLost(f"worker {worker_id} is not ready now", worker_id)
-        return await pool.communicator.send_control_command(command, data, chosen, timeout)
+            lines[worker_id] = ready[worker_id]
+        return await pool.communicator.command(lines, command, data, timeout)
 
     async def pause(self, timeout: float | None = None) -> None:
         """Return when every worker stands still; nothing is collected until ``resume``.
@@ -324,7 +326,7 @@ class ParallelManager(Lifecycle):
         Raises:
             TypeError: It has no ``on_event``.
         """
-        self._hub.observers.add(observer)
+        self._observers.add(observer)
 
     def publish_update(self, event: UpdateCompleted) -> None:
         """Tell observers and event streams that an update of ``run`` was completed."""

@@ -78,11 +78,8 @@ class Pool:
             lines=self.supervisor.lines,
             synchronizer=self.synchronizer,
         )
-        self.flow = Flow(config, self.ready, self._newest_version)
+        self.flow = Flow(config, self.ready, self.synchronizer.newest_version)
         self.on_batch = self.flow.arrived
-
-    def _newest_version(self) -> int:
-        return self.synchronizer.version
 
     def _make_backend(self) -> Backend:
         if self.config.backend == "inline":
@@ -145,7 +142,7 @@ class Pool:
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
         self.is_paused = True
-        lines = dict(self.ready)
+        lines = self.ready.now()
         try:
             await self.communicator.pause(list(lines), timeout)
         except WorkerLost as lost:
@@ -202,7 +199,7 @@ class Pool:
 
     def make_line(self, worker_id: int, incarnation: int) -> Line:
         """Make the queues of a new process."""
-        return Line(worker_id, incarnation, self.config.max_queue_size, self._newest_version)
+        return Line(worker_id, incarnation, self.config.max_queue_size, self.synchronizer.newest_version)
 
     async def launch(self, line: Line) -> ProcessHandle:
         """Start a process at the other end of ``line``."""

@@ -55,9 +55,8 @@ class PublishedWeights:
         self._arena: Any = None  # the packed frame that tells where the weights lie
         self._publishing = asyncio.Lock()
 
-    @property
-    def version(self) -> int:
-        """The newest version; 0 is none."""
+    def newest_version(self) -> int:
+        """Return the newest version; 0 is none. Also while one is being published in a thread."""
         return self._publisher.version if self._publisher is not None else 0
 
     @property

@@ -630,7 +630,7 @@ async def test_a_run_holds_no_batch_once_its_update_is_learned(make_manager, fla
             await manager.run(max_steps=4)
     finally:
         gc.enable()
-    assert left == [0] * (1 + 4 + 2 * 2)
+    assert left == [0] * (2 + 4 + 2 * 2)
 
 
 async def test_what_an_async_learner_sets_in_its_context_stays(make_manager):

@@ -92,7 +92,6 @@ async def test_batches_and_small_commands_do_not_block_the_loop(make_manager, mo
 
 
 @pytest.mark.parametrize("data", ["bytes", "tensor"])
-@pytest.mark.xfail(reason="the loop's thread copies the pickled data into the frame")
 async def test_large_command_data_does_not_block_the_loop(make_manager, data):
     """Pickled once, in a thread, and sent to every worker in shares."""
     data = bytes(64 * MIB) if data == "bytes" else torch.ones(16 * MIB)
@@ -102,7 +101,6 @@ async def test_large_command_data_does_not_block_the_loop(make_manager, data):
                 assert await manager.send_command("worker_id", data) == {0: 0, 1: 1}
 
 
-@pytest.mark.xfail(reason="the data's size is guessed from its outermost list alone")
 async def test_much_command_data_does_not_block_the_loop(make_manager):
     """Hundreds of thousands of small values are as much work as one large one."""
     data = [(number, str(number)) for number in range(300_000)]
@@ -124,10 +122,6 @@ async def test_replies_of_many_values_do_not_block_the_loop(make_manager):
         assert len(reply[0][0]) == 300_000
 
 
-@pytest.mark.xfail(
-    strict=False,  # a machine with much to do hides it sometimes
-    reason="the thread that unpickles holds the interpreter's lock while it copies",
-)
 async def test_large_replies_do_not_block_the_loop(make_manager):
     """Received in shares and unpickled in a thread, which lets others run."""
     async with fail_after(60):
@@ -142,7 +136,6 @@ async def test_large_replies_do_not_block_the_loop(make_manager):
         assert len(reply[0][0]) == 128 * MIB
 
 
-@pytest.mark.xfail(reason="what comes with an experience is unpickled in the loop")
 async def test_large_info_does_not_block_the_loop(make_manager):
     """Whatever an experience brings along."""
     async with fail_after(60):
@@ -163,7 +156,6 @@ async def test_large_batches_do_not_block_the_loop(make_manager):
                     await manager.collect(min_steps=2)
 
 
-@pytest.mark.xfail(reason="the memory of all experiences is unmapped in the loop")
 async def test_the_end_of_a_pool_of_large_batches_does_not_block_the_loop(make_manager):
     """Half a gigabyte of shared memory is given back beside it."""
     async with fail_after(60):
