@@ -97,6 +97,14 @@ def stress(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def refused(session: nox.Session) -> None:
+    """Run the tests where the kernel refuses pidfds, memfds, seals and fallocate."""
+    install(session, "test")
+    env = {"KEISEI_TEST_INSTALLED": "1", "KEISEI_TEST_REFUSE": "1"}
+    session.run("pytest", *session.posargs, env=env)
+
+
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure keisei beside its peers in one run; ``-- --quick`` takes three minutes."""
     install(session)

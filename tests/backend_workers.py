@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,14 @@ class Busy(Worker):
         if self.activity == "starting":
             take_hold(self.fifo)
             threading.Event().wait()
-        if self.activity == "grandchild":
-            start_grandchild(self.fifo)
+        starts: dict[str, Callable[[str], int]] = {
+            "grandchild": start_grandchild,
+            "session": start_in_a_session,
+            "daemon": fork_twice,
+            "copy": fork_in_c,
+        }
+        if self.activity in starts:
+            starts[self.activity](self.fifo)
 
     def collect(self) -> dict[str, torch.Tensor]:
         if self.activity in ("python", "native"):
@@ -81,6 +88,99 @@ def start_grandchild(fifo: str) -> int:
     return child.pid
 
 
+WAITS = "import signal; signal.pause()"
+HAS_A_CHILD = (
+    "import subprocess, sys; "
+    "subprocess.Popen([sys.executable, '-S', '-c', {program!r}], pass_fds=[{fd}], "
+    "start_new_session=True).wait()"
+)
+
+
+def start_in_a_session(fifo: str, depth: int = 1) -> int:
+    """Start a process in a session of its own that holds a named pipe; or a child of it does."""
+    fd = take_hold(fifo)
+    program = WAITS
+    for _ in range(depth - 1):
+        program = HAS_A_CHILD.format(program=program, fd=fd)
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", program], pass_fds=[fd], start_new_session=True
+    )
+    os.close(fd)
+    child.returncode = 0  # nothing waits for it, and it does not complain
+    return child.pid
+
+
+def start_in_sessions_of_sessions(fifo: str) -> int:
+    """Start a process whose child's child holds a named pipe, each in a session of its own."""
+    return start_in_a_session(fifo, 3)
+
+
+def fork_twice(fifo: str) -> int:
+    """Start a daemon by the book: its parent is a child that has ended."""
+    fd = take_hold(fifo)
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        os.write(tell, pid.to_bytes(4, "little"))
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(fd)
+    pid = int.from_bytes(os.read(told, 4), "little")
+    os.close(told)
+    os.close(tell)
+    return pid
+
+
+def fork_in_c(fifo: str) -> int:
+    """Fork without Python's knowledge; the process leaves the group and keeps every descriptor."""
+    fd = take_hold(fifo)
+    libc = ctypes.PyDLL(None)
+    pid: int = libc.fork()
+    if pid == 0:
+        libc.setsid()
+        hold_the_gil()
+    os.close(fd)
+    return pid
+
+
+def parent_of(pid: int) -> int:
+    """Tell the parent of a process, 0 if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return 0
+
+
+TRACKS = """
+# multiprocessing.resource_tracker
+import os
+os.read({end}, 1)
+open({path!r}, "x").close()
+if {hangs}:
+    os.open({fifo!r}, os.O_RDONLY)
+"""
+
+
+def start_a_tracker(fifo: str, path: str, hangs: bool) -> int:
+    """Start what looks like multiprocessing's tracker: it tidies up when this process has ended."""
+    fd = take_hold(fifo)
+    end, self_end = os.pipe()
+    never = f"{fifo}-never"
+    os.mkfifo(never)
+    program = TRACKS.format(end=end, path=path, hangs=hangs, fifo=never)
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", program], pass_fds=[fd, end], start_new_session=True
+    )
+    os.close(fd)
+    os.set_inheritable(self_end, False)
+    child.returncode = 0
+    return child.pid
+
+
 def hold_the_gil() -> None:
     """Stay in C and keep the interpreter's lock."""
     while True:
@@ -101,6 +201,25 @@ def die(number: int) -> None:
     """Send this process a signal."""
     os.kill(os.getpid(), number)
     signal.pause()
+
+
+def surroundings(*names: str) -> dict[str, Any]:
+    """Tell what surrounds this process: variables, to Python and to C, the folder, the path."""
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_char_p
+    try:
+        folder = str(Path.cwd())
+    except FileNotFoundError:
+        folder = "gone"
+    return {
+        "python": [os.environ.get(name) for name in names],
+        "c": [libc.getenv(name.encode()) for name in names],
+        "folder": folder,
+        "inode": Path("/proc/self/cwd").stat().st_ino,
+        "path": sys.path,
+        "bytecode": (sys.dont_write_bytecode, sys.pycache_prefix),
+        "zone": time.tzname[0],
+    }
 
 
 def facts() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 from hypothesis import settings
 
 import pool_workers
+import refusal
 from keisei.backends.local import warm_fork_server
 from keisei.protocol import coalescer
 from keisei.training.parallel.parallel_manager import ParallelManager
 
 pytest_plugins = ["keisei.testing.pytest_plugin"]
+
+if refusal.VARIABLE in os.environ:
+    refusal.put_in_force()  # before any call is tried, or any process started
 
 # A starved machine makes any example slow.
 settings.register_profile("keisei", deadline=None)

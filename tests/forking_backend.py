@@ -17,22 +17,23 @@ from keisei.child.process import STACKS_SIGNAL
 from keisei.child.runtime import WorkerRuntime
 from keisei.ipc import memory
 from keisei.protocol.endpoints import WorkerEndpoints
+from process_ends import end_of
 
 
 class ForkedProcess:
-    """A forked worker, watched through a pidfd."""
+    """A forked worker; its end is told by a descriptor."""
 
     def __init__(self, pid: int, crash_fd: int) -> None:
         self.pid = self.number = pid
         self.has_exited = False
         self.crash_fd = crash_fd
-        self.pidfd = os.pidfd_open(pid)
+        self.end = end_of(pid)
         loop = asyncio.get_running_loop()
         self.exit: asyncio.Future[int] = loop.create_future()
-        loop.add_reader(self.pidfd, self.on_end)
+        loop.add_reader(self.end, self.on_end)
 
     def on_end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self.pidfd)
+        asyncio.get_running_loop().remove_reader(self.end)
         self.has_exited = True
         self.reap()
 
@@ -58,7 +59,7 @@ class ForkedProcess:
 
     def send(self, number: int) -> None:
         if not self.has_exited:
-            signal.pidfd_send_signal(self.pidfd, number)
+            os.kill(self.number, number)
 
     def crash_report(self) -> str:
         return os.pread(self.crash_fd, 1 << 16, 0).decode()
@@ -73,7 +74,7 @@ class ForkedProcess:
             return ""
 
     def close(self) -> None:
-        os.close(self.pidfd)
+        os.close(self.end)
         os.close(self.crash_fd)
 
 

@@ -1,11 +1,15 @@
-"""What a fork server had best import before it forks: torch, our own, the worker's modules."""
+"""What a fork server imports before it forks: torch, the library, what the worker's modules use."""
 
 from __future__ import annotations
 
+import ast
 import pickletools
 import sys
 import types
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
+from keisei.child.installed import is_installed
 from keisei.naming import home_of
 
 OWN_MODULES = ("torch", "keisei.backends.process", "keisei.child.runtime")
@@ -37,22 +41,84 @@ def modules_named_in(pickled: bytes) -> set[str]:
 
 
 def default_preload(modules: set[str]) -> tuple[str, ...]:
-    """Return what is worth importing before forking: the worker's modules.
+    """Return what is worth importing before forking: installed modules that workers will use.
 
-    For a worker in the main script: the modules that the script has imported, since the script
-    itself cannot be preloaded.
+    They are those among ``modules``, and those that the user's own modules import, directly or
+    through one another. The user's own are imported by each worker itself.
     """
-    chosen = set(modules)
-    if "__main__" in modules:
-        values = list(vars(sys.modules["__main__"]).values())
-        chosen |= {name for name in map(_module_of, values) if name in sys.modules}
+    chosen: set[str] = set()
+    seen: set[str] = set()
+    left = set(modules)
+    while left - seen:
+        name = (left - seen).pop()
+        seen.add(name)
+        if name != "__main__" and is_installed(name):
+            chosen.add(name)
+        elif (module := sys.modules.get(name)) is not None:
+            left |= _imported_by(module)
     return tuple(sorted(chosen - _NEVER))
+
+
+def _imported_by(module: types.ModuleType) -> set[str]:
+    """Return the modules that ``module`` imports when it is imported, of those that are loaded."""
+    source = _source_of(module)
+    if source is None:
+        values = list(vars(module).values())
+        return {name for name in map(_module_of, values) if name in sys.modules}
+    package = getattr(module, "__package__", None) or ""
+    found = {part for name in _imports(source, package) for part in _with_parents(name)}
+    return {name for name in found if name in sys.modules}
+
+
+def _source_of(module: types.ModuleType) -> str | None:
+    """Return the source as it is on disk, which is what a worker will import."""
+    name, loader = getattr(module, "__name__", ""), getattr(module, "__loader__", None)
+    try:
+        source = loader.get_source(name) if loader is not None else None
+    except Exception:  # noqa: BLE001 - a loader of any kind; what it cannot tell is not preloaded
+        return None
+    return source if isinstance(source, str) else None
+
+
+@lru_cache(maxsize=256)
+def _imports(source: str, package: str) -> frozenset[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return frozenset()  # the worker will tell
+    return frozenset(_names(tree.body, package))
+
+
+def _names(body: Iterable[ast.AST], package: str) -> Iterator[str]:
+    """Find what runs at import: not what functions import, nor what is behind a guard."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            start = [*parents, node.module] if node.level else [node.module]
+            base = ".".join(part for part in start if part)
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.If) and _is_guard(node.test):
+            yield from _names(node.orelse, package)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.expr)):
+            yield from _names(ast.iter_child_nodes(node), package)
+
+
+def _is_guard(test: ast.expr) -> bool:
+    return any(name in ast.unparse(test) for name in ("TYPE_CHECKING", "__name__"))
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def _module_of(value: object) -> str:
     """Return the module that ``value`` is or comes from; asks only what cannot run its code."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__
-    if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+    kind = type(value)  # a proxy may answer for another class, by code of its own
+    if issubclass(kind, types.ModuleType):
+        return str(vars(value).get("__name__", ""))
+    if issubclass(kind, (type, types.FunctionType, types.BuiltinFunctionType)):
         return home_of(value)
-    return home_of(type(value))
+    return home_of(kind)

@@ -6,14 +6,15 @@ polls. So a subclass sets up what is needed by itself, and the supervisor waits 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import aiomultiprocess
 from aiomultiprocess.types import Unit
 
-from keisei.backends.launch import Launched, server
+from keisei.backends.forkserver import server
+from keisei.backends.popen import UNKNOWN, Popen
 from keisei.child.serve import serve_worker, tell_escape
 
 
@@ -27,14 +28,14 @@ class _Process(BaseProcess):
         name: str,
         unit: Unit,
         fds: Sequence[int],
-        modules: Sequence[str] | None,
+        preload: Callable[[], Sequence[str]] | None,
         with_main: bool,
     ) -> None:
         super().__init__(
             target=aiomultiprocess.Process.run_async, args=(unit,), name=name, daemon=False
         )
-        self._launching = (fds, modules, with_main, server.epoch)
-        self.launched: Launched | None = None
+        self._launching = (fds, preload, with_main, server.epoch)
+        self.popen: Popen | None = None
 
     def run(self) -> None:
         """Serve the worker, in its own process."""
@@ -44,9 +45,9 @@ class _Process(BaseProcess):
             tell_escape(error)
             raise
 
-    def _Popen(self, _: _Process) -> Launched:  # noqa: N802 - multiprocessing's name
-        self.launched = Launched(self, *self._launching)
-        return self.launched
+    def _Popen(self, _: _Process) -> Popen:  # noqa: N802 - multiprocessing's name
+        self.popen = Popen(self, *self._launching)
+        return self.popen
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_launching"}
@@ -61,7 +62,7 @@ class WorkerProcess(aiomultiprocess.Process):
         fds: Sequence[int],
         stderr_fd: int,
         crash_fd: int,
-        modules: Sequence[str] | None,
+        preload: Callable[[], Sequence[str]] | None,
         with_main: bool,
     ) -> None:
         """Describe the process; ``start`` (blocking) starts it.
@@ -71,22 +72,21 @@ class WorkerProcess(aiomultiprocess.Process):
             fds: The descriptors of its ``WorkerEndpoints``.
             stderr_fd: What becomes its standard error.
             crash_fd: Where a native crash writes its stack.
-            modules: What the fork server imports first; ``None`` spawns an interpreter.
+            preload: Tells what the fork server imports first; ``None`` spawns an interpreter.
             with_main: Import the application's main script, where the worker class lives.
         """
         self.unit = Unit(target=serve_worker, args=(), kwargs={}, namespace=None)
         fds = [*fds, stderr_fd, crash_fd]
-        self.aio_process = _Process(name, self.unit, fds, modules, with_main)
+        self.aio_process = _Process(name, self.unit, fds, preload, with_main)
 
     def exit_code(self) -> tuple[bool, int | None]:
         """Return whether it has ended, and its exit code, ``None`` if nobody can know it."""
-        code, launched = self.aio_process.exitcode, self.aio_process.launched
-        is_lost = launched is not None and launched.is_lost
-        return code is not None, None if is_lost else code
+        code = self.aio_process.exitcode
+        return code is not None, None if code == UNKNOWN else code
 
     def close(self) -> None:
-        """Forget the process and close what tells of its end; nobody waits for it any more."""
+        """Forget the process and close what tells of its end, which is no longer waited for."""
         if self.aio_process.exitcode is not None:
             self.aio_process.close()
-        elif self.aio_process.launched is not None:
-            self.aio_process.launched.abandon()
+        elif self.aio_process.popen is not None:
+            self.aio_process.popen.abandon()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from keisei.child import surroundings
 from keisei.child.process import (
     STDERR,
     Inherited,
@@ -73,11 +74,14 @@ def _run_and_leave(data: int, fds: list[int], lifeline: int) -> NoReturn:
         leave(code)
 
 
-def main(data: int, report: int, lifeline: int, fds: list[int], path: list[str]) -> None:
+def main(data: int, report: int, lifeline: int, fds: list[int], told: tuple[Any, ...]) -> None:
     """Run a process in a fresh interpreter: the entry of the start method "spawn".
 
     The end of ``report``, a pipe that nothing is written to, tells of the end of this process.
     """
-    sys.path[:] = path
+    surroundings.take(told, None)
+    with surroundings.in_a_folder() as is_gone:
+        if is_gone:
+            import torch  # noqa: F401 - the worker would, and could not
     os.set_inheritable(report, False)
     _run_and_leave(data, fds, lifeline)

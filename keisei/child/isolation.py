@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from keisei.child import generators
 from keisei.child.loops import OutsideTheApplicationsLoop, OutsideTheLoop
 
 if sys.modules.get("numpy") is not None:
@@ -57,8 +58,13 @@ class OwnProcess(OutsideTheLoop):
     is_shared = False
 
     def begin(self, seed: int, threads: int) -> None:
-        """Seed ``random``, NumPy (if imported) and torch; set torch's threads."""
+        """Seed ``random``, NumPy (if imported), torch, and what modules hold; set torch's threads.
+
+        Raises:
+            TypeError: A generator of a module cannot be seeded.
+        """
         torch.set_num_threads(threads)
+        generators.seed(seed)
         _seed(seed)
 
     def drive(self, awaitable: Awaitable[Any]) -> Awaitable[Any]:

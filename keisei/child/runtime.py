@@ -124,7 +124,10 @@ class WorkerRuntime:
         call = self._hooks.call
         self._status.enter(Phase.START)
         factory = await call(Phase.START, serialize.loads, hello.factory, "the worker factory")
-        self._isolation.begin(hello.seed, hello.threads)
+        try:
+            self._isolation.begin(hello.seed, hello.threads)
+        except TypeError as error:  # a random generator of a module that cannot be seeded
+            raise HookFailed(Phase.START, error) from error
         self._worker = await call(Phase.START, self._build, factory)
         await call(Phase.START, self._worker.setup, self._context())
         takes_weights = await call(Phase.START, self._takes_weights)

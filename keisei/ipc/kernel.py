@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,10 +50,8 @@ def can_reserve() -> bool:
 
 
 def has_pidfd() -> bool:
-    """Return whether ``pidfd_open`` works."""
-    return hasattr(os, "pidfd_open") and _works(
-        "pidfd_open", lambda: os.close(os.pidfd_open(os.getpid()))
-    )
+    """Return whether processes can be watched, and signalled, through a pidfd."""
+    return hasattr(os, "pidfd_open") and _works("pidfd_open", _use_a_pidfd)
 
 
 def capabilities() -> dict[str, bool]:
@@ -104,6 +103,15 @@ def _works(name: str, call: Callable[[], object]) -> bool:
             known = True
         _known[name] = known
     return known
+
+
+def _use_a_pidfd() -> None:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        # Some filters let it be opened and refuse this; a signal would be lost in silence.
+        signal.pidfd_send_signal(fd, 0)
+    finally:
+        os.close(fd)
 
 
 def _seal(wanted: int) -> None:

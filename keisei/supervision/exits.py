@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 
 from keisei.events import ExitCause, signal_name
+from keisei.ipc import failures
 from keisei.protocol.last_words import LastWords
 
 _ENDING_SIGNALS = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGKILL}
@@ -47,7 +48,8 @@ def classify(
     """
     is_requested = ended_for is not None and ended_for[0] is ExitCause.REQUESTED
     if launch_error is not None and not is_requested:
-        what = f"{type(launch_error).__name__}: {launch_error}"
+        hint = failures.remedy(launch_error)
+        what = f"{type(launch_error).__name__}: {launch_error}{hint and '; '}{hint}"
         detail = f"the process could not be started ({what})"
         # What the system refuses now it may grant later; any other error only comes again.
         is_final = not isinstance(launch_error, OSError)

@@ -17,7 +17,6 @@ from keisei.config import ParallelConfig
 from keisei.events import ExitCause, Incident, Remedy
 from keisei.exceptions import PoolExhausted, WorkerLost, WorkerStartError
 from keisei.protocol.last_words import LastWords
-from keisei.protocol.line import Line
 from keisei.supervision import machine
 from keisei.supervision.exits import Verdict, classify
 from keisei.supervision.incarnation import Incarnation, PoolPort

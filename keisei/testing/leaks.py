@@ -26,10 +26,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from keisei.backends import launch
+from keisei.backends.forkserver import server
+from keisei.backends.lifeline import lifeline
+from keisei.ipc.kernel import has_pidfd
 
 _PATIENCE = 2.0
 """Seconds that children which are ending have, such as the processes of a killed worker."""
+_LOOK = 0.01
+"""Seconds between two looks at a process, where the kernel has no pidfds."""
 _PROC = Path("/proc")
 _OURS = "keisei*"
 
@@ -58,7 +62,7 @@ class Resources:
     @classmethod
     def now(cls) -> Resources:
         """Take stock."""
-        launch.lifeline.read_end()  # made once for a process, at the latest by the look at children
+        lifeline.read_end()  # made once for a process, at the latest by the look at children
         return cls(
             children=Counter(_describe_process(pid) for pid in children()),
             descriptors=Counter(_descriptors()),
@@ -135,7 +139,7 @@ def _processes() -> Iterator[tuple[int, _Process]]:
 
 def _is_tied_to_us(pid: int) -> bool:
     """Return whether a process holds the other end of our lifeline."""
-    ours = f"pipe:[{os.fstat(launch.lifeline.read_end()).st_ino}]"
+    ours = f"pipe:[{os.fstat(lifeline.read_end()).st_ino}]"
     return any(target == ours for target in _targets(pid))
 
 
@@ -185,12 +189,23 @@ def _files() -> list[str]:
     return [str(path) for folder in folders for path in folder.glob(_OURS)]
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process is gone, or waits to be reaped; for systems with ``/proc``."""
+    try:
+        state = (_PROC / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[0]
+    except OSError:
+        return True
+    return state == b"Z"
+
+
 def _wait_for_ends(pids: list[int]) -> None:
-    if not hasattr(os, "pidfd_open"):
-        return
     deadline = time.monotonic() + _PATIENCE
     for pid in pids:
-        if pid == launch.server.pid:
+        if pid == server.pid:
+            continue
+        if not has_pidfd():
+            while not has_ended(pid) and time.monotonic() < deadline:
+                select.select([], [], [], _LOOK)
             continue
         try:
             fd = os.pidfd_open(pid)

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from process_ends import end_of
+
 TESTS = Path(__file__).parent.parent
 START = 90.0
 """Seconds that an application has to come up; never waited for where all is well."""
@@ -156,4 +158,4 @@ def shared_files() -> set[str]:
 
 def open_pidfds(pids: list[int]) -> list[int]:
     """Open what becomes readable when the processes end; they need not be our children."""
-    return [os.pidfd_open(pid) for pid in pids]
+    return [end_of(pid) for pid in pids]

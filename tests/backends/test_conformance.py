@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from backend_workers import Obedient
-from keisei.backends import launch
 from keisei.backends.base import Backend
+from keisei.backends.forkserver import server
 from keisei.backends.inline import InlineBackend
 from keisei.backends.local import LocalBackend
 from keisei.testing import conformance
@@ -50,9 +50,9 @@ CASES = [
 def _warm_again(_warm_fork_server: None) -> Iterator[None]:
     """Have the fork server that all tests share run again, where a check has aborted it."""
     yield
-    if launch.server.pid is None:
+    if server.pid is None:
         asyncio.run(run_once())
-        assert launch.server.pid is not None
+        assert server.pid is not None
 
 
 async def run_once() -> None:
@@ -70,7 +70,7 @@ async def test_a_fork_server_that_hangs_is_aborted(monkeypatch):
     """The import of a preloaded module that does not end holds no start up for ever."""
 
     def make(gate: Gate) -> Backend:
-        launch.server.abort()  # the next one inherits the address
+        server.abort()  # the next one inherits the address
         monkeypatch.setenv("KEISEI_TEST_GATE", pickle.dumps(gate).hex())
         return local_backend("forkserver", preload=("held_import",))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from backends.application import Application, open_pidfds
+from keisei.ipc.kernel import has_pidfd
 
 ACTIVITIES = [
     "forkserver.idle",
@@ -18,6 +19,9 @@ ACTIVITIES = [
     "forkserver.native",
     "forkserver.starting",
     "forkserver.grandchild",
+    "forkserver.session",
+    "forkserver.daemon",
+    "forkserver.copy",
     "spawn.native",
     "spawn.starting",
     "spawn.grandchild",
@@ -35,7 +39,7 @@ OBEDIENT = """
 
     import backend_workers, blocking_import
     from keisei import ParallelManager
-    from keisei.backends import launch
+    from keisei.backends.forkserver import server as the_server
 
     async def main():
         managers, tasks = [], []  # a manager that is dropped ends its workers
@@ -49,17 +53,23 @@ OBEDIENT = """
                 await tasks[-1]
                 await manager.send_command("take hold")
         while True:
-            order, _, method = (await asyncio.to_thread(sys.stdin.readline)).strip().partition(" ")
+            order, _, method = (await asyncio.to_thread(sys.stdin.readline)).strip().partition(": ")
             match order:
                 case "server":
-                    print(json.dumps(launch.server.pid), flush=True)
+                    print(json.dumps(the_server.pid), flush=True)
                 case "import":
                     config = {"num_workers": 1, "start_method": method}
+                    config["preload"] = ["blocking_import"]  # the fork server itself hangs
                     manager = ParallelManager(blocking_import.Unreachable, config=config)
                     managers.append(manager)
                     tasks.append(asyncio.create_task(manager.start()))
                 case "fork":
                     pid = os.fork()
+                    if pid == 0:
+                        signal.pause()
+                    print(json.dumps(pid), flush=True)
+                case "fork in C":
+                    pid = ctypes.PyDLL(None).fork()
                     if pid == 0:
                         signal.pause()
                     print(json.dumps(pid), flush=True)
@@ -87,7 +97,7 @@ def test_everything_ends_with_an_application_that_is_killed(tmp_path):
     with busy_application(tmp_path, ACTIVITIES) as application:
         importing = application.fifo("importing")
         for method in ("spawn", "forkserver"):
-            application.say(f"import {method}")
+            application.say(f"import: {method}")
             importing.wait_held()
         application.say("server")
         servers = open_pidfds([application.hear()])
@@ -116,6 +126,19 @@ def test_a_forked_copy_of_the_application_keeps_nobody_alive(tmp_path):
         os.kill(copy, signal.SIGKILL)
 
 
+@pytest.mark.skipif(not has_pidfd(), reason="without pidfds the copy holds all that tells")
+def test_a_copy_of_the_application_made_in_c_keeps_no_worker_alive(tmp_path):
+    """It holds the application's ends of everything; the fork server sees the end by its pid."""
+    activities = ["forkserver.idle", "forkserver.native", "forkserver.session"]
+    with busy_application(tmp_path, activities) as application:
+        application.say("fork in C")
+        copy = application.hear()
+        application.say("exit")
+        assert application.wait() == 7
+        application.wait_all_gone([])
+        os.kill(copy, signal.SIGKILL)
+
+
 # Ends without a stop: its event loop is open or closed, and its workers are of these kinds.
 FORGETFUL = """
     import asyncio, functools, os, sys
@@ -131,7 +154,8 @@ FORGETFUL = """
 
     async def start():
         if way == "open importing":
-            manager = ParallelManager(blocking_import.Unreachable, config={"num_workers": 1})
+            config = {"num_workers": 1, "preload": ["blocking_import"]}
+            manager = ParallelManager(blocking_import.Unreachable, config=config)
             starting = asyncio.create_task(manager.start())
             await asyncio.to_thread(sys.stdin.readline)
             return manager, starting
@@ -175,7 +199,7 @@ POLITE = """
     import aiomultiprocess.core
     import backend_workers
     from keisei import ParallelManager, warm_fork_server
-    from keisei.backends import launch
+    from keisei.backends.forkserver import server as the_server
 
     def children():
         with open(f"/proc/self/task/{os.getpid()}/children") as file:
@@ -203,7 +227,7 @@ POLITE = """
         async with ParallelManager(backend_workers.Obedient, config=config) as manager:
             await manager.collect(min_steps=4)
             pids = [info.pid for info in manager.workers]
-            servers = [launch.server.pid] if method == "forkserver" else []
+            servers = [the_server.pid] if method == "forkserver" else []
             own = pids if method == "spawn" else []
             return {"others": sorted(set(children()) - {*servers, *own})}
 
@@ -214,9 +238,9 @@ POLITE = """
             print(json.dumps(taken()), flush=True)
         with warm_fork_server(), warm_fork_server():
             await run("forkserver")
-            server = launch.server.pid
+            server = the_server.pid
             await run("forkserver")
-            print(json.dumps([server, launch.server.pid, children()]), flush=True)
+            print(json.dumps([server, the_server.pid, children()]), flush=True)
         print(json.dumps(children()), flush=True)
 
     if __name__ == "__main__":

@@ -11,18 +11,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import backend_workers
-import blocking_import
 from backend_workers import Explosive, Obedient
+from backends.conftest import wait_for_end_of
 from keisei import events
-from keisei.backends import launch, local
-from keisei.backends.local import LocalBackend, LocalProcess
+from keisei.backends import interpreter, local
+from keisei.backends.forkserver import server as the_server
+from keisei.backends.handle import LocalProcess
+from keisei.backends.local import LocalBackend
 from keisei.child.process import STACKS_SIGNAL
 from keisei.events import ExitCause, Incident
 from keisei.exceptions import ManagerStateError, PoolExhausted, WorkerLost, WorkerStartError
@@ -98,9 +99,9 @@ async def test_a_worker_process_is_prepared(make_manager, start_method):
         "folder": str(Path.cwd()),
         "stdin": "/dev/null",
     }
-    # The lifeline twice, standard error, and where it was spawned the report; four queues, and
-    # the loop's own pair and its selector.
-    assert found.count("pipe") == (4 if start_method == "spawn" else 3)
+    # The lifeline twice, standard error, the report; four queues, and the loop's own pair and its
+    # selector.
+    assert found.count("pipe") == 4
     assert found.count("socket") == 6
     assert found.count("anon_inode") == 1
 
@@ -227,33 +228,6 @@ async def test_a_worker_without_a_pidfd_is_watched_all_the_same(
         assert (await die(manager, os._exit, 3)).exitcode == 3
 
 
-@pytest.fixture
-def fifo(tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """Return the path of a named pipe and its reading end."""
-    path = tmp_path / "fifo"
-    os.mkfifo(path)
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    yield str(path), fd
-    os.close(fd)
-
-
-async def wait_for_end_of(fd: int) -> None:
-    """Wait until nobody holds the writing end of a pipe any more."""
-    loop = asyncio.get_running_loop()
-    readable = asyncio.Event()
-    loop.add_reader(fd, readable.set)
-    try:
-        async with asyncio.timeout(2):
-            while True:
-                readable.clear()
-                await readable.wait()
-                with contextlib.suppress(BlockingIOError):
-                    if not os.read(fd, 100):
-                        return
-    finally:
-        loop.remove_reader(fd)
-
-
 @pytest.mark.parametrize(
     ("start_method", "kernel"), [("forkserver", "new"), ("forkserver", "old"), ("spawn", "old")]
 )
@@ -311,25 +285,23 @@ async def test_living_workers_outlive_their_fork_server(make_manager):
     """They are not declared dead, the next start brings a new server, without a failed start."""
     async with fail_after(LIMIT), make_manager(Obedient, num_workers=2) as manager:
         before = [info.pid for info in manager.workers]
-        server = launch.server.pid
+        server = the_server.pid
         kill_and_wait(server)
         assert [await call(manager, os.getpid, worker_id=key) for key in (0, 1)] == before
         assert manager.incidents == ()
         lost = await die(manager, os._exit, 3, worker_id=0)
         assert (lost.cause, lost.exitcode) == (ExitCause.LOST, None)
         await settled(manager)
-        assert launch.server.pid not in (None, server)
+        assert the_server.pid not in (None, server)
         assert await call(manager, os.getpid, worker_id=1) == before[1]
         assert (await die(manager, os._exit, 3, worker_id=0)).exitcode == 3
         assert len(manager.incidents) == 2
 
 
 def kill_and_wait(pid: int) -> None:
-    """Kill a process, and return when it is dead."""
-    pidfd = os.pidfd_open(pid)
+    """Kill a child of this process, and return when it is dead; something else reaps it."""
     os.kill(pid, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
-    os.close(pidfd)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 async def test_two_managers_share_one_server(make_manager):
@@ -337,14 +309,14 @@ async def test_two_managers_share_one_server(make_manager):
     async with fail_after(LIMIT):
         first, second = (make_manager(Obedient, num_workers=2) for _ in range(2))
         await asyncio.gather(first.start(), second.start())
-        server = launch.server.pid
+        server = the_server.pid
         await first.stop()
-        assert launch.server.pid == server
+        assert the_server.pid == server
         assert (await die(second, os._exit, 4)).exitcode == 4
         await settled(second)
         assert second.incidents[1:] == ()
         await second.stop()
-        assert launch.server.pid == server
+        assert the_server.pid == server
 
 
 async def test_a_server_that_hangs_while_it_imports_is_aborted(make_manager):
@@ -352,20 +324,21 @@ async def test_a_server_that_hangs_while_it_imports_is_aborted(make_manager):
     async with fail_after(LIMIT):
         with pytest.raises(WorkerStartError, match="no process within start_timeout"):
             async with make_manager(
-                blocking_import.Unreachable,
+                Obedient,
                 num_workers=1,
+                preload=["blocking_import"],
                 start_timeout=0.5,
                 restart=NO_RESTARTS,
             ):
                 pass
-    assert launch.server.pid is None
+    assert the_server.pid is None
     await warm_again(make_manager)
 
 
 async def warm_again(make_manager) -> None:
     """Have the server run that the other tests share."""
     async with make_manager(Obedient, num_workers=1):
-        assert launch.server.pid is not None
+        assert the_server.pid is not None
 
 
 async def stop_while_starting(manager: Any, held: Held) -> None:
@@ -382,11 +355,15 @@ async def test_a_pool_that_is_stopped_while_its_server_imports(make_manager, mon
     held = Held(monkeypatch)
     held.go_on.set()
     manager = make_manager(
-        blocking_import.Unreachable, num_workers=2, shutdown_timeout=0.2, start_timeout=1000.0
+        Obedient,
+        num_workers=2,
+        preload=["blocking_import"],
+        shutdown_timeout=0.2,
+        start_timeout=1000.0,
     )
     async with fail_after(LIMIT):
         await stop_while_starting(manager, held)
-    assert launch.server.pid is None
+    assert the_server.pid is None
     assert manager.incidents == ()
     await warm_again(make_manager)
 
@@ -395,7 +372,11 @@ async def test_a_start_that_asks_after_its_abort_brings_no_server(make_manager, 
     """A thread that gets its turn late fails, and does not begin what nobody would end."""
     held = Held(monkeypatch)
     manager = make_manager(
-        blocking_import.Unreachable, num_workers=2, shutdown_timeout=0.1, start_timeout=1000.0
+        Obedient,
+        num_workers=2,
+        preload=["blocking_import"],
+        shutdown_timeout=0.1,
+        start_timeout=1000.0,
     )
     async with fail_after(LIMIT):
         await stop_while_starting(manager, held)
@@ -403,7 +384,7 @@ async def test_a_start_that_asks_after_its_abort_brings_no_server(make_manager, 
         for thread in threading.enumerate():
             if thread.name.startswith("keisei-start"):
                 await asyncio.to_thread(thread.join)
-    assert launch.server.pid is None
+    assert the_server.pid is None
     await warm_again(make_manager)
 
 
@@ -418,7 +399,7 @@ async def test_a_server_that_is_killed_before_it_tells_of_a_process_leaves_none(
                 restart=NO_RESTARTS,
             ):
                 pass
-    assert launch.server.pid is None
+    assert the_server.pid is None
     await warm_again(make_manager)
 
 
@@ -449,7 +430,7 @@ async def test_restarts_leave_no_descriptor_behind(make_manager, start_method):
 
 async def test_a_system_without_room_for_a_process_is_asked_again(make_manager, monkeypatch):
     """EAGAIN is a failed start, which is tried again."""
-    real = launch.util.spawnv_passfds
+    real = interpreter.util.spawnv_passfds
     refusals = [BlockingIOError(11, "Resource temporarily unavailable")] * 2
 
     def spawn(*args: Any) -> int:
@@ -457,7 +438,7 @@ async def test_a_system_without_room_for_a_process_is_asked_again(make_manager, 
             raise refusals.pop()
         return real(*args)
 
-    monkeypatch.setattr(launch.util, "spawnv_passfds", spawn)
+    monkeypatch.setattr(interpreter.util, "spawnv_passfds", spawn)
     async with (
         fail_after(LIMIT),
         make_manager(Obedient, num_workers=1, start_method="spawn") as manager,
@@ -533,13 +514,13 @@ def test_a_start_that_outlives_its_loop_is_undone(monkeypatch):
         await asyncio.wait([starting])
         await communicator.cleanup()
 
-    launch.server.acquire()
+    the_server.acquire()
     asyncio.run(main())
     held.go_on.set()
     assert held.undone.wait(LIMIT)
     (start,) = held.starts
     assert start.process.aio_process._closed
-    launch.server.release()
+    the_server.release()
     backends[0]._stderr.join(LIMIT)
 
 

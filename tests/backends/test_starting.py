@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from backend_workers import Obedient
-from keisei.backends import launch, local
-from keisei.backends.launch import ForkServer
+from keisei.backends import local, preparation
+from keisei.backends.forkserver import ForkServer
+from keisei.backends.forkserver import server as the_server
 from keisei.backends.local import LocalBackend
 from keisei.backends.process import WorkerProcess
 from keisei.exceptions import ManagerStateError
@@ -40,41 +41,76 @@ def backend(start_method: str = "forkserver", starts: int = 1) -> LocalBackend:
 def test_the_preparation_settles_nothing(monkeypatch):
     """The application's default start method is asked for, not chosen; the child gets it if set."""
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: None)
-    assert "start_method" not in launch._preparation("x", with_main=False)
+    assert "start_method" not in preparation.preparation("x", with_main=False)
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none: "spawn")
-    assert launch._preparation("x", with_main=False)["start_method"] == "spawn"
+    assert preparation.preparation("x", with_main=False)["start_method"] == "spawn"
 
 
-def test_the_childs_path_is_the_applications(monkeypatch):
-    """The folder that "" stands for is where the application was started."""
-    monkeypatch.setattr(sys, "path", ["", "/somewhere"])
+def test_what_is_relative_in_the_path_is_found_elsewhere(monkeypatch, tmp_path):
+    """The folder that "" stands for is where the application was started, or where it is now."""
     monkeypatch.setattr(multiprocessing.process, "ORIGINAL_DIR", "/start")
-    found = launch._preparation("x", with_main=False)
-    assert found["sys_path"] == ["/start", "/somewhere"]
-    assert found["dir"] == str(Path.cwd())
-    assert found["name"] == "x"
+    monkeypatch.setattr(sys, "path", ["", "/somewhere", "lib"])
+    assert preparation.import_path() == ["/start", "", "/somewhere", "/start/lib", "lib"]
+    monkeypatch.setattr(multiprocessing.process, "ORIGINAL_DIR", str(Path.cwd()))
+    here = str(Path.cwd())
+    assert preparation.import_path() == [here, "/somewhere", f"{here}/lib"]
+    monkeypatch.setattr(multiprocessing.process, "ORIGINAL_DIR", None)
+    assert preparation.import_path() == ["", "/somewhere", "lib"]
+
+
+def test_what_python_passes_over_in_the_path_is_left_out(monkeypatch):
+    """Only strings are paths to Python; one of a class of its own is told as the plain string."""
+
+    class Text(str):
+        def __str__(self) -> str:
+            raise AssertionError("the text of a path is asked of its class")
+
+        __repr__ = __str__
+
+    odd = [Path("/x"), b"/y", None, 3, Text("/z"), "/'\"\n\udc80"]
+    monkeypatch.setattr(sys, "path", odd)
+    found = preparation.import_path()
+    assert found == ["/z", "/'\"\n\udc80"]
+    assert type(found[0]) is str
+
+
+def test_a_process_is_prepared_with_its_name_and_arguments(monkeypatch):
+    """What multiprocessing itself would tell is told, but for what is taken over otherwise."""
+    monkeypatch.setattr(multiprocessing.process, "ORIGINAL_DIR", "/start")
+    found = preparation.preparation("x", with_main=False)
+    assert (found["name"], found["orig_dir"], found["sys_argv"]) == ("x", "/start", sys.argv)
+    assert not {"dir", "sys_path"} & found.keys()
 
 
 @pytest.mark.parametrize(
     ("spec", "file", "expected"),
     [
-        (types.SimpleNamespace(name="package.tool"), None, {"init_main_from_name": "package.tool"}),
-        (None, "tools/run.py", {"init_main_from_path": "/start/tools/run.py"}),
-        (None, "/abs/../run.py", {"init_main_from_path": "/run.py"}),
+        ("package.tool", None, {"init_main_from_name": "package.tool"}),
+        ("package.__main__", "run.py", {}),
+        ("__main__", "run.py", {}),
+        (None, "tools/run.py", {"init_main_from_path": "tools/run.py"}),
+        (None, "tools/../run.py", {"init_main_from_path": "run.py"}),
+        (None, "<stdin>", {}),
+        (None, "tools", {}),
         (None, None, {}),
     ],
 )
-def test_the_main_script_is_found_only_when_it_is_needed(monkeypatch, spec, file, expected):
+def test_the_main_script_is_found_where_there_is_one(monkeypatch, tmp_path, spec, file, expected):
     """By its module's name, or its path from where the application was started, or not at all."""
+    (tmp_path / "tools").mkdir()
+    for script in ("run.py", "tools/run.py"):
+        (tmp_path / script).touch()
     main = types.ModuleType("__main__")
-    main.__spec__ = spec
+    main.__spec__ = types.SimpleNamespace(name=spec) if spec else None
     if file is not None:
         main.__file__ = file
     monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setattr(multiprocessing.process, "ORIGINAL_DIR", "/start")
-    found = launch._preparation("x", with_main=True)
+    monkeypatch.setattr(multiprocessing.process, "ORIGINAL_DIR", str(tmp_path))
+    if "init_main_from_path" in expected:
+        expected = {key: str(tmp_path / path) for key, path in expected.items()}
+    found = preparation.preparation("x", with_main=True)
     assert {key: found[key] for key in found if key.startswith("init_main")} == expected
-    without = launch._preparation("x", with_main=False)
+    without = preparation.preparation("x", with_main=False)
     assert not any(key.startswith("init_main") for key in without)
 
 
@@ -105,26 +141,26 @@ def test_a_server_that_was_never_started_is_released():
 
 async def test_a_backend_that_was_not_opened_keeps_nothing():
     """Closing it releases no server that it did not keep, and closing twice releases once."""
-    before = launch.server._users
+    before = the_server._users
     never = backend()
     await never.aclose()
-    assert launch.server._users == before
+    assert the_server._users == before
     opened = backend()
     await opened.open()
-    assert launch.server._users == before + 1
+    assert the_server._users == before + 1
     await opened.aclose()
     await opened.aclose()
-    assert launch.server._users == before
+    assert the_server._users == before
 
 
 async def test_spawning_needs_no_server(monkeypatch):
     """The server is neither kept nor aborted for workers that it does not start."""
-    monkeypatch.setattr(launch.server, "abort", lambda: pytest.fail("aborted"))
-    before = launch.server._users
+    monkeypatch.setattr(the_server, "abort", lambda: pytest.fail("aborted"))
+    before = the_server._users
     spawning = backend("spawn")
     await spawning.open()
     spawning.abort_starts()
-    assert launch.server._users == before
+    assert the_server._users == before
     await spawning.aclose()
 
 

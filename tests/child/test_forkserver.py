@@ -7,11 +7,14 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 
-from keisei.child import forkserver, process
-from keisei.child.forkserver import LENGTH, NUMBER, _receive, _Server
+from keisei.child import descendants, generators, process, surroundings
+from keisei.child.forkserver import MAX_FDS, NUMBER, REQUEST, _receive, _Server, request
+from keisei.ipc.memory import anonymous_file
 
 
 @pytest.fixture
@@ -23,22 +26,31 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture
-def server(pair: tuple[socket.socket, socket.socket]) -> Iterator[_Server]:
-    """Return a server that runs in this process."""
-    made = _Server(pair[1], -1, os.open(os.devnull, os.O_RDONLY))
+def server(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[_Server]:
+    """Return a server that runs in this process, and adopts nothing."""
+    monkeypatch.setattr(descendants, "become_subreaper", lambda: False)
+    monkeypatch.setattr(process, "tie_to", os.dup)
+    monkeypatch.setattr(generators, "remember", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    lifeline = os.open(os.devnull, os.O_RDONLY)
+    made = _Server(pair[1], lifeline, -1)
     yield made
     made._selector.close()
-    for fd in made._own:
+    for fd in (*made._own, lifeline):
         os.close(fd)
 
 
-def ask(sock: socket.socket, names: str, num_fds: int) -> int:
+def ask(sock: socket.socket, modules: list[str], num_fds: int) -> int:
     """Send a request whose report is a pipe, and return the pipe's reading end."""
     report, their_report = os.pipe()
+    data, folder = anonymous_file("test"), os.open(".", os.O_RDONLY)
+    os.write(data, request(surroundings.told(sys.path), modules) + b"the rest")
+    os.lseek(data, 0, os.SEEK_SET)
     fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(num_fds)]
-    data = LENGTH.pack(len(names)) + names.encode()
-    socket.send_fds(sock, [data], [fds[0], their_report, *fds[1:]])
-    for fd in (their_report, *fds):
+    socket.send_fds(sock, [REQUEST], [data, their_report, folder, *fds])
+    for fd in (data, folder, their_report, *fds):
         os.close(fd)
     return report
 
@@ -48,34 +60,58 @@ def read_and_close(fd: int) -> bytes:
         return stream.read()
 
 
-def test_a_request_arrives_whole(pair):
-    """The names of many modules and all descriptors arrive, and no descriptor is inheritable."""
-    names = [f"package.module_{number}" for number in range(5000)]
-    report = ask(pair[0], " ".join(names), 8)
-    found, fds = _receive(pair[1])
-    assert found == names
-    assert len(fds) == 9
-    assert not any(os.get_inheritable(fd) for fd in fds)
-    for fd in (report, *fds):
-        os.close(fd)
-
-
 def test_two_requests_are_two(pair):
-    """What lies in the socket together is read one by one."""
-    reports = [ask(pair[0], "a b", 2), ask(pair[0], "", 1)]
+    """What lies in the socket together is read one by one, and no descriptor is inheritable."""
+    reports = [ask(pair[0], [], 8), ask(pair[0], [], 1)]
     first, second = _receive(pair[1]), _receive(pair[1])
-    assert (first[0], len(first[1])) == (["a", "b"], 3)
-    assert (second[0], len(second[1])) == ([], 2)
-    for fd in (*reports, *first[1], *second[1]):
+    assert (len(first), len(second)) == (11, 4)
+    assert not any(os.get_inheritable(fd) for fd in (*first, *second))
+    for fd in (*reports, *first, *second):
         os.close(fd)
 
 
-@pytest.mark.parametrize("sent", [b"", b"\x01", LENGTH.pack(10) + b"abc"])
-def test_the_end_of_the_application_is_the_end(pair, sent):
-    """A socket that closes, also in the middle of a request, asks for nothing."""
-    pair[0].sendall(sent)
+def test_the_end_of_the_application_is_the_end(pair):
+    """A socket that closes asks for nothing."""
     pair[0].close()
-    assert _receive(pair[1]) == ([], [])
+    assert _receive(pair[1]) == []
+
+
+def test_the_request_is_read_and_no_more(pair, server, monkeypatch):
+    """Names of many modules arrive, and the process reads on where the request ends."""
+    names = [f"package.module_{number}" for number in range(50_000)]
+    found: list[list[str]] = []
+    monkeypatch.setattr(server, "_import", found.append)
+    rest: list[bytes] = []
+
+    def fork() -> int:
+        (data,) = (fd for fd in range(3, 64) if _is_the_file(fd))
+        rest.append(os.read(data, 100))
+        return -1
+
+    monkeypatch.setattr(os, "fork", fork)
+    os.close(ask(pair[0], names, 1))
+    assert server._answer()
+    assert found == [names]
+    assert rest == [b"the rest"]
+
+
+def _is_the_file(fd: int) -> bool:
+    try:
+        return "memfd:test" in str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return False
+
+
+def test_a_request_that_is_cut_short_is_an_error(pair, server, monkeypatch):
+    """The application is told, and nothing is forked."""
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    report, their_report = os.pipe()
+    empty = os.open(os.devnull, os.O_RDONLY)
+    socket.send_fds(pair[0], [REQUEST], [empty, their_report, empty])
+    os.close(their_report)
+    os.close(empty)
+    assert server._answer()
+    assert read_and_close(report) == NUMBER.pack(-errno.EIO)
 
 
 def test_a_system_without_room_is_reported(pair, server, monkeypatch):
@@ -85,16 +121,16 @@ def test_a_system_without_room_is_reported(pair, server, monkeypatch):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", refuse)
-    report = ask(pair[0], "", 5)
+    report = ask(pair[0], [], 5)
     assert server._answer()
     assert read_and_close(report) == NUMBER.pack(-errno.EAGAIN)
     assert server._reports == {}
 
 
 def test_the_application_may_have_gone(pair, server, monkeypatch):
-    """A report that nobody reads is dropped."""
+    """A report without a reader is dropped."""
     monkeypatch.setattr(os, "fork", lambda: 12345)
-    os.close(ask(pair[0], "", 1))
+    os.close(ask(pair[0], [], 1))
     assert server._answer()
     assert server._reports == {}
 
@@ -102,7 +138,7 @@ def test_the_application_may_have_gone(pair, server, monkeypatch):
 def test_an_exit_is_reported_once(pair, server, monkeypatch):
     """The exit code of each process goes to the pipe of its start, which is closed then."""
     monkeypatch.setattr(os, "fork", lambda: 12345)
-    report = ask(pair[0], "", 1)
+    report = ask(pair[0], [], 1)
     assert server._answer()
     ended = [(12345, 3 << 8), (99999, 0), (0, 0)]
     monkeypatch.setattr(process, "reap", lambda pid: ended.pop(0))
@@ -111,7 +147,7 @@ def test_an_exit_is_reported_once(pair, server, monkeypatch):
     assert server._reports == {}
 
 
-def test_nobody_left_to_reap(server, monkeypatch):
+def test_a_server_without_children_reaps_nothing(server, monkeypatch):
     """A server without children has nothing to tell."""
 
     def reap(pid: int | None) -> tuple[int, int]:
@@ -126,7 +162,7 @@ def test_what_is_buffered_is_written_before_the_fork(pair, server, monkeypatch):
     flushed = []
     monkeypatch.setattr(process, "flush", lambda: flushed.append(True))
     monkeypatch.setattr(os, "fork", lambda: flushed.append(False) or -1)
-    os.close(ask(pair[0], "", 1))
+    os.close(ask(pair[0], [], 1))
     server._answer()
     assert flushed == [True, False]
 
@@ -140,7 +176,8 @@ def test_modules_that_fail_are_tried_once(server, monkeypatch, tmp_path):
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     (tmp_path / "keisei_works.py").write_text("", encoding="utf-8")
     for _ in range(2):
-        server._import(["keisei_fails", "keisei_missing", "keisei_exits", "keisei_works"])
+        modules = ["keisei_fails", "keisei_missing", "keisei_exits", "keisei_works"]
+        server._import(server._missing(modules))
     assert log.read_text(encoding="utf-8").split() == ["keisei_fails", "keisei_exits"]
     assert sys.modules.pop("keisei_works")
 
@@ -148,4 +185,4 @@ def test_modules_that_fail_are_tried_once(server, monkeypatch, tmp_path):
 def test_the_server_forgets_nothing_in_a_worker(server):
     """Everything that is the server's own is known, so that a worker can close it."""
     assert set(server._own) >= {server._woken, server._waker}
-    assert forkserver.MAX_FDS >= 8
+    assert MAX_FDS >= 10

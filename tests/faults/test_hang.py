@@ -23,7 +23,7 @@ from fault_helpers import (
     until_ready,
     watched,
 )
-from keisei.backends.local import LocalProcess
+from keisei.backends.handle import LocalProcess
 from keisei.events import ExitCause, WorkerExited, WorkerSuspected
 from keisei.exceptions import CommandTimeout, WorkerLost
 from keisei.supervision import shutdown
@@ -206,7 +206,6 @@ async def test_a_process_that_cannot_be_killed_is_abandoned(
         async with make_manager(worker, shutdown_timeout=2.0) as manager:
             events = manager.events()
             victim = manager.workers[1].pid
-            pidfd = os.pidfd_open(victim)
 
             def no_effect(process):
                 if process.pid != victim:
@@ -221,8 +220,7 @@ async def test_a_process_that_cannot_be_killed_is_abandoned(
         assert "did not end by SIGKILL" in incident.detail
         assert (await next_event(events, WorkerExited)).worker_id == 0
         assert kept
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    os.close(pidfd)
+    os.kill(victim, signal.SIGKILL)
     (process,) = set(kept)
     while victim in leaks.children():
         await pool_workers.turn()  # whoever abandons a process leaves the rest to its end

@@ -27,6 +27,7 @@ from keisei.supervision import shutdown
 from keisei.testing import failpoints
 from keisei.testing.failpoints import Failpoint, Gate, armed
 from keisei.testing.scenarios import fail_after
+from process_ends import end_of
 
 TESTS = Path(__file__).parent.parent
 PATIENCE = 60.0
@@ -91,7 +92,7 @@ class Application:
             self.tethers.append(tether)
         for pid in descendants(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
-                self.pidfds.append(os.pidfd_open(pid))
+                self.pidfds.append(end_of(pid))
         assert len(self.pidfds) >= 2 * self.num_workers
 
     def tell(self):

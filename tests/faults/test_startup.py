@@ -28,7 +28,7 @@ from fault_helpers import (
     until_ready,
     watched,
 )
-from keisei.backends import launch
+from keisei.backends.forkserver import server
 from keisei.events import ExitCause, Remedy
 from keisei.exceptions import (
     ManagerStateError,
@@ -311,7 +311,7 @@ async def test_a_killed_fork_server_takes_nobody_along(make_manager):
     async with fail_after(LIMIT), make_manager(pool_workers.Counting) as manager:
         events = manager.events()
         pids = [info.pid for info in manager.workers]
-        old = launch.server.pid
+        old = server.pid
         os.kill(old, signal.SIGKILL)
         assert len(await manager.collect(min_steps=50)) == 50
         assert [info.pid for info in manager.workers] == pids
@@ -321,7 +321,7 @@ async def test_a_killed_fork_server_takes_nobody_along(make_manager):
         assert (incident.worker_id, incident.incarnation) == (1, 0)
         assert incident.cause in {ExitCause.SIGNAL, ExitCause.LOST}
         await until_ready(events, 1, 1)
-        assert launch.server.pid not in {None, old}
+        assert server.pid not in {None, old}
     assert manager.incidents == (incident,)
 
 

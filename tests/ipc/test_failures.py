@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+
 import pytest
 
 from keisei.ipc import failures
@@ -49,3 +53,25 @@ def test_last_words_are_heard_at_once() -> None:
     frame = messages.pack(failed)
     assert len(frame) < 1 << 19
     assert not messages.is_heavy(messages.unpack(frame, messages.REPLY))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EMFILE, ["each worker takes about 12 file descriptors", "ulimit -n 65536", "1,234"]),
+        (errno.ENFILE, ["fs.file-max", "about 12"]),
+        (errno.EAGAIN, ["ulimit -u", "pids.max"]),
+        (errno.ENOMEM, ["memory limit"]),
+        (errno.ENOSPC, ["no memory left, or no room for temporary files"]),
+    ],
+)
+def test_what_ran_out_is_told_with_what_helps(monkeypatch, number, words):
+    """The limit that was met is named, with its value and the command that raises it."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1234, 1234))
+    told = failures.remedy(OSError(number, os.strerror(number)))
+    assert [word for word in words if word not in told] == []
+
+
+def test_other_errors_have_no_remedy():
+    """Only what a limit explains is explained."""
+    assert failures.remedy(OSError(errno.EPERM, "x")) == failures.remedy(ValueError("x")) == ""

@@ -126,11 +126,10 @@ def verdict(cause: ExitCause, detail: str = "", *flags: str) -> Verdict:
         # not started at all
         (
             LastWords(),
-            {"exitcode": None, "launch_error": OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))},
+            {"exitcode": None, "launch_error": OSError(errno.EIO, os.strerror(errno.EIO))},
             verdict(
                 ExitCause.START_FAILED,
-                "the process could not be started (BlockingIOError: [Errno 11] Resource "
-                "temporarily unavailable)",
+                "the process could not be started (OSError: [Errno 5] Input/output error)",
             ),
         ),
         (
@@ -179,3 +178,14 @@ def test_every_signal_has_a_name(number):
 def test_signals_that_somebody_sends_are_not_blamed_on_the_weights(number, blames):
     """Only a crash may be the fault of the weights that the worker had."""
     assert classify(LastWords(), exitcode=-number, was_ready=True).blames_weights is blames
+
+
+def test_a_start_that_found_no_room_is_told_with_what_helps():
+    """The limit that was met is named in the incident, and the start is tried again."""
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    verdict = classify(LastWords(), exitcode=None, was_ready=False, launch_error=error)
+    assert verdict.detail.startswith(
+        "the process could not be started (OSError: [Errno 24] Too many open files; "
+        "each worker takes about 12 file descriptors of the application"
+    )
+    assert not verdict.raised

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from keisei.backends import launch
+from keisei.backends.lifeline import lifeline
 from keisei.ipc import memory
 from keisei.testing.leaks import Resources, check_no_leaks, children
 
@@ -81,20 +82,16 @@ def test_a_zombie_is_found():
 
 def test_an_orphan_that_is_tied_to_us_is_found():
     """A process whose parent has gone is ours as long as it holds our lifeline."""
-    end_of_line = launch.lifeline.read_end()
+    end_of_line = lifeline.read_end()
     program = "import os, sys\nif os.fork(): os._exit(0)\nsys.stdin.read()"
     before = children()
     process = start(program, pass_fds=[end_of_line])
     process.wait(30)
     (orphan,) = set(children()) - set(before)
-    fd = os.pidfd_open(orphan)
-    try:
-        process.stdin.close()
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-        with check_no_leaks():
-            pass
-    finally:
-        os.close(fd)
+    process.stdin.close()
+    os.kill(orphan, signal.SIGKILL)
+    with check_no_leaks():
+        pass
 
 
 @pytest.mark.parametrize("kind", ["pipe", "file", "socket"])
@@ -108,7 +105,7 @@ def test_a_descriptor_is_found(kind):
         fds = [os.open(__file__, os.O_RDONLY)]
         expected = [f"1 × descriptors: {Path(__file__).resolve()}"]
     else:
-        fds = [launch.socket.socket().detach()]
+        fds = [socket.socket().detach()]
         expected = ["1 × descriptors: socket"]
     assert Resources.now().beyond(before) == expected
     for fd in fds:

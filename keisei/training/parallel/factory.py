@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from keisei.backends import mainscript
+from keisei.backends.preload import modules_named_in
 from keisei.exceptions import SerializationError
 from keisei.ipc import serialize
 from keisei.worker import Worker
@@ -17,8 +19,19 @@ _REMEDY = (
 )
 
 
-def pickle_factory(factory: Callable[[], Worker]) -> bytes:
+_NO_MAIN = (
+    "its class or an argument is defined in the main module, which worker processes cannot import: "
+    "{why}; define it in a module of its own, a .py file, and import it from there "
+    "(backend='inline' works as it is)"
+)
+
+
+def pickle_factory(factory: Callable[[], Worker], *, for_processes: bool = True) -> bytes:
     """Return ``factory``, pickled.
+
+    Args:
+        factory: What makes a worker.
+        for_processes: It is unpickled in other processes, not in this one.
 
     Raises:
         SerializationError: It cannot be sent to a process; names the object and the remedy.
@@ -36,9 +49,14 @@ def pickle_factory(factory: Callable[[], Worker]) -> bytes:
     if part is not None:
         raise SerializationError(f"{name} cannot be sent to a process: {part}; {_REMEDY}")
     try:
-        return serialize.dumps_whole(factory, name)
+        pickled = serialize.dumps_whole(factory, name)
     except SerializationError as error:
         raise SerializationError(f"{error}; {_REMEDY}") from error
+    if for_processes and "__main__" in modules_named_in(pickled):
+        why = mainscript.why_not_importable()
+        if why:
+            raise SerializationError(f"{name} cannot be sent: {_NO_MAIN.format(why=why)}")
+    return pickled
 
 
 def _unpicklable_part(value: Any) -> str | None:

@@ -15,6 +15,7 @@ from keisei.backends.base import Backend
 from keisei.config import ParallelConfig
 from keisei.events import PoolStarted, PoolStopped
 from keisei.exceptions import ManagerStateError
+from keisei.ipc.event_loop import require_asyncio
 from keisei.observers import Observer
 from keisei.supervision.shutdown import to_completion
 from keisei.training.parallel.factory import pickle_factory
@@ -70,7 +71,8 @@ class Lifecycle:
             SerializationError: ``worker`` cannot be sent to a process.
         """
         self.config = ParallelConfig.of(config)
-        self._factory = pickle_factory(worker)
+        in_processes = backend is not None or self.config.backend != "inline"
+        self._factory = pickle_factory(worker, for_processes=in_processes)
         self._model = model
         self._learner = learner
         self._backend = backend
@@ -111,14 +113,15 @@ class Lifecycle:
             WorkerStartError: A worker's imports, factory or ``setup`` raised, at its first start;
                 or there are weights and it has nothing to load them into.
             PoolExhausted: Workers ended while starting, more often than the policy allows.
-            ManagerStateError: It was started before, or stopped meanwhile.
+            ManagerStateError: It was started before, or stopped meanwhile; or the event loop is
+                not asyncio's.
         """
         if self._state is not _State.NEW:
             raise ManagerStateError(
                 f"this manager is {self._state}; it serves once, so make a new one"
             )
+        self._loop = require_asyncio()
         self._state = _State.STARTING
-        self._loop = asyncio.get_running_loop()
         self._started_at = time.monotonic()
         pool = self._pool = Pool(
             self.config, self._factory, self._seed, self._hub.publish, self._backend
@@ -224,7 +227,7 @@ class Lifecycle:
                 "this manager is not started; use 'async with manager', 'await manager.start()' "
                 "or 'await manager.run()'"
             )
-        if not any_loop and self._loop is not asyncio.get_running_loop():
+        if not any_loop and self._loop is not require_asyncio():
             raise ManagerStateError(
                 "this manager belongs to another event loop; use it in the loop that started it "
                 "(asyncio.run_coroutine_threadsafe from other threads)"

@@ -199,7 +199,9 @@ class Pool:
 
     def make_line(self, worker_id: int, incarnation: int) -> Line:
         """Make the queues of a new process."""
-        return Line(worker_id, incarnation, self.config.max_queue_size, self.synchronizer.newest_version)
+        return Line(
+            worker_id, incarnation, self.config.max_queue_size, self.synchronizer.newest_version
+        )
 
     async def launch(self, line: Line) -> ProcessHandle:
         """Start a process at the other end of ``line``."""

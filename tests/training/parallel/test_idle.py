@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pool_workers
-from keisei.backends import launch
+from keisei.backends.forkserver import server
 from keisei.testing.scenarios import fail_after
 
 WORKERS = pytest.mark.parametrize("worker", [pool_workers.Counting, pool_workers.Coroutine])
@@ -52,10 +52,10 @@ async def test_an_idle_worker_does_not_wake_up(make_manager, worker, state):
         await manager.send_command("echo", worker_ids=[1])
         while pool_workers.process_state(pid) != "S":
             await pool_workers.turn()
-        before = wake_ups(pid), wake_ups(launch.server.pid)
+        before = wake_ups(pid), wake_ups(server.pid)
         for _ in range(WINDOW):
             await manager.send_command("echo", worker_ids=[0])
-        after = wake_ups(pid), wake_ups(launch.server.pid)
+        after = wake_ups(pid), wake_ups(server.pid)
         assert after[0] - before[0] <= TOLERATED
         assert after[1] == before[1]
         while wake_ups(pid) == after[0]:  # what wakes it up is counted
