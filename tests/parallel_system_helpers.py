@@ -64,43 +64,60 @@ class RecordingLearner:
         return self.model.state_dict()
 
 
+class Processes:
+    """Real processes on the endpoints of a communicator's slots, without a manager."""
+
+    def __init__(self, communicator: WorkerCommunicator, worker: Callable[[], Any]) -> None:
+        self._communicator = communicator
+        self._factory = pickle_factory(worker)
+        self.backend = LocalBackend(
+            self._factory, start_method="forkserver", preload=None, max_concurrent_starts=2
+        )
+        self.handles: list[ProcessHandle] = []
+
+    async def start(self, worker_id: int) -> ProcessHandle:
+        """Start a process on the present queues of a slot."""
+        endpoints = self._communicator.endpoints(worker_id)
+        line = self._communicator.lines[worker_id]
+        line.send(hello(self._factory, worker_id, line.incarnation, self._communicator))
+        handle = await self.backend.start(endpoints, f"worker-{worker_id}.{line.incarnation}")
+        self.handles.append(handle)
+        return handle
+
+
 @asynccontextmanager
 async def worker_processes(
     communicator: WorkerCommunicator, worker: Callable[[], Any]
-) -> AsyncIterator[list[ProcessHandle]]:
-    """Run a real process on the endpoints of each slot of a communicator, without a manager."""
-    factory = pickle_factory(worker)
-    backend = LocalBackend(
-        factory, start_method="forkserver", preload=None, max_concurrent_starts=2
-    )
-    await backend.open()
-    handles: list[ProcessHandle] = []
+) -> AsyncIterator[Processes]:
+    """Run a process in each slot of a communicator."""
+    processes = Processes(communicator, worker)
+    await processes.backend.open()
     try:
-        for worker_id, line in communicator.lines.items():
-            endpoints = communicator.endpoints(worker_id)
-            line.send(hello(factory, worker_id, communicator))
-            handles.append(await backend.start(endpoints, f"worker-{worker_id}"))
-        yield handles
+        for worker_id in range(communicator.num_workers):
+            await processes.start(worker_id)
+        yield processes
     finally:
-        for handle in handles:
+        for handle in processes.handles:
             handle.kill()
-        await asyncio.gather(*(handle.wait() for handle in handles))
-        for handle in handles:
+        await asyncio.gather(*(handle.wait() for handle in processes.handles))
+        for handle in processes.handles:
             handle.close()
         await communicator.cleanup()
-        await backend.aclose()
+        await processes.backend.aclose()
 
 
-def hello(factory: bytes, worker_id: int, communicator: WorkerCommunicator) -> messages.Hello:
+def hello(
+    factory: bytes, worker_id: int, incarnation: int, communicator: WorkerCommunicator
+) -> messages.Hello:
     """Say what a manager would say first."""
     return messages.Hello(
         factory=factory,
         worker_id=worker_id,
-        incarnation=0,
+        incarnation=incarnation,
         num_workers=communicator.num_workers,
         seed=worker_id,
         device="cpu",
-        weights_version=0,
+        weights_version=communicator.weights_version,
         threads=1,
         cells=communicator.max_queue_size,
         paused=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import pickle
 import re
@@ -65,7 +66,7 @@ def test_the_defaults_are_these():
 @pytest.mark.parametrize("model", [ParallelConfig, RestartPolicy])
 def test_every_field_is_documented_once_and_in_order(model):
     """The Attributes section of the docstring names exactly the fields, in their order."""
-    documented = re.findall(r"^        (\w+): ", model.__doc__ or "", flags=re.MULTILINE)
+    documented = re.findall(r"^    (\w+): ", inspect.getdoc(model) or "", flags=re.MULTILINE)
     assert documented == list(model.model_fields)
 
 

@@ -350,6 +350,28 @@ async def test_event_streams_are_independent(make_manager):
     assert [event async for event in manager.events()] == []
 
 
+async def test_a_reader_that_is_too_slow_loses_the_oldest_events_and_hears_how_many(make_manager):
+    """Ten thousand wait for it, the newest; one that keeps up misses nothing meanwhile."""
+    weights = {"w": torch.zeros(1)}
+    manager = make_manager(pool_workers.Counting, backend="inline")
+    async with fail_after(60), manager:
+        await manager.pause()
+        slow, fast = manager.events(), manager.events()
+        assert (slow.num_missed, fast.num_missed) == (0, 0)
+        for version in range(1, 10_001):
+            await manager.push_weights(weights)
+            assert (await anext(fast)).version == version
+        assert slow.num_missed == 0, "exactly as many as it holds"
+        for version in range(10_001, 10_006):
+            await manager.push_weights(weights)
+            assert (await anext(fast)).version == version
+            assert slow.num_missed == version - 10_000
+        assert [(await anext(slow)).version for _ in range(10_000)] == list(range(6, 10_006))
+        await manager.push_weights(weights)
+        assert (await anext(slow)).version == 10_006
+        assert (slow.num_missed, fast.num_missed) == (5, 0)
+
+
 async def test_a_stream_that_is_forgotten_keeps_nothing(make_manager):
     """Events are not kept for a reader that has gone."""
     manager = make_manager(pool_workers.Counting, backend="inline")
