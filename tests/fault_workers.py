@@ -9,6 +9,7 @@ import errno
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import struct
@@ -24,6 +25,7 @@ from keisei.child.process import Inherited
 from keisei.ipc.layout import describe
 from keisei.ipc.weights import WeightsPublisher
 from keisei.protocol import messages
+from keisei.protocol.endpoints import REPLY
 from keisei.testing import failpoints
 from keisei.testing.failpoints import Gate
 from keisei.worker import Experience, Worker, WorkerContext
@@ -526,6 +528,55 @@ def close_queues_and_hang() -> NoReturn:
 def _send(payload: bytes, head: int | None = None) -> None:
     header = struct.pack("<Q", len(payload) if head is None else head)
     os.write(Inherited.fds[3], header + payload)
+
+
+def _send_reply(payload: bytes) -> None:
+    """Send a frame, of whatever size, where replies are expected."""
+    reply = Inherited.fds[REPLY]
+    rest = memoryview(struct.pack("<Q", len(payload)) + payload)
+    while rest:
+        select.select([], [reply], [])
+        rest = rest[os.write(reply, rest) :]
+
+
+def large_nonsense() -> NoReturn:
+    """Answer with two megabytes that are no frame, and stay."""
+    _send_reply(b"\xff" * (2 << 20))
+    failpoints.hang()
+    raise AssertionError
+
+
+def large_pickle_of_another_thing() -> NoReturn:
+    _send_reply(pickle.dumps([42, bytes(2 << 20)]))
+    failpoints.hang()
+    raise AssertionError
+
+
+def large_bomb() -> NoReturn:
+    """Answer with what would end the process that unpickles it."""
+    _send_reply(pickle.dumps([Bomb(), bytes(2 << 20)]))
+    failpoints.hang()
+    raise AssertionError
+
+
+def large_message_of_another_kind() -> NoReturn:
+    """Answer with what an application says to a worker."""
+    _send_reply(whole(messages.pack(messages.Command(1, "echo", bytes(2 << 20)))))
+    failpoints.hang()
+    raise AssertionError
+
+
+def whole(frame: Any) -> bytes:
+    """Return a packed frame as one piece."""
+    return b"".join(frame) if isinstance(frame, tuple) else bytes(frame)
+
+
+LARGE_LIES = [
+    large_nonsense,
+    large_pickle_of_another_thing,
+    large_bomb,
+    large_message_of_another_kind,
+]
 
 
 def _frame_about(**lie: Any) -> bytes:

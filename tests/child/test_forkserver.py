@@ -147,14 +147,29 @@ def test_an_exit_is_reported_once(pair, server, monkeypatch):
     assert server._reports == {}
 
 
-def test_a_server_without_children_reaps_nothing(server, monkeypatch):
-    """A server without children has nothing to tell."""
+def test_a_server_without_children_reaps_nothing(pair, server, monkeypatch):
+    """Asked too often, a server tells nothing, and what it tells when a child ends is untouched."""
+    monkeypatch.setattr(os, "fork", lambda: 12345)
+    report = ask(pair[0], [], 1)
+    assert server._answer()
+    asked: list[int | None] = []
+    ended: list[tuple[int, int]] = []
 
     def reap(pid: int | None) -> tuple[int, int]:
-        raise ChildProcessError
+        asked.append(pid)
+        if not ended:
+            raise ChildProcessError
+        return ended.pop()
 
     monkeypatch.setattr(process, "reap", reap)
     server._reap()
+    assert asked == [None], "once, for any child"
+    assert list(server._reports) == [12345]
+    ended.append((12345, 7 << 8))
+    server._reap()
+    assert asked == [None] * 3, "until nobody is left"
+    assert server._reports == {}
+    assert read_and_close(report) == NUMBER.pack(12345) + NUMBER.pack(7)
 
 
 def test_what_is_buffered_is_written_before_the_fork(pair, server, monkeypatch):

@@ -153,16 +153,19 @@ def test_a_wait_for_one_process_blocks_until_it_ends():
         process.returncode = 0
 
 
-def test_streams_that_cannot_be_flushed_do_not_matter(monkeypatch):
-    """A process whose standard streams are gone or closed ends in good order all the same."""
-
-    class Closed:
-        def flush(self) -> None:
-            raise ValueError("I/O operation on closed file")
-
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", Closed())
-    flush()
+@pytest.mark.parametrize("broken", ["missing", "closed"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_streams_that_cannot_be_flushed_do_not_matter(monkeypatch, tmp_path, name, broken):
+    """What is in the buffer of the other standard stream is written all the same."""
+    other = {"stdout": "stderr", "stderr": "stdout"}[name]
+    closed = (tmp_path / "closed").open("w")
+    closed.close()
+    monkeypatch.setattr(sys, name, None if broken == "missing" else closed)
+    with (tmp_path / "other").open("w") as stream:
+        monkeypatch.setattr(sys, other, stream)
+        stream.write("the last words")
+        flush()
+        assert (tmp_path / "other").read_text(encoding="utf-8") == "the last words"
 
 
 async def test_a_worker_adopts_the_orphans_of_its_children(make_manager):

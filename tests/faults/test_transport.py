@@ -23,7 +23,7 @@ from fault_helpers import (
     watched,
 )
 from keisei.events import ExitCause
-from keisei.exceptions import WorkerStartError
+from keisei.exceptions import WorkerLost, WorkerStartError
 from keisei.testing import failpoints, leaks
 from keisei.testing.failpoints import Failpoint, Gate, armed
 from keisei.testing.scenarios import fail_after
@@ -218,6 +218,24 @@ async def test_a_well_formed_lie_on_a_queue_costs_its_sender(make_manager, fault
     """Pickles of other things, impossible places and enormous lengths end in a protocol error."""
     async with crashing(make_manager(failing(fault)), gaps=True) as incident:
         assert incident.cause is ExitCause.PROTOCOL
+
+
+@pytest.mark.parametrize("fault", fault_workers.LARGE_LIES, ids=lambda fault: fault.__name__)
+async def test_a_large_lie_in_the_place_of_a_reply_costs_its_sender(make_manager, fault):
+    """The worker is condemned at once, before any deadline, and whoever asked hears it."""
+    worker = failing(fault, place="on_command", hit=1)
+    async with fail_after(LIMIT), watched(make_manager(worker)) as (manager, events):
+        with pytest.raises(WorkerLost, match="worker 1 was lost") as caught:
+            await manager.send_command("echo", 5)
+        assert (caught.value.worker_id, caught.value.incarnation) == (1, 0)
+        assert caught.value.replies == {0: 5}
+        incident = await next_incident(events)
+        assert incident.cause is ExitCause.PROTOCOL
+        assert "a frame makes no sense" in incident.detail
+        assert incident.commands_lost == 1
+        await until_ready(events, 1, 1)
+        assert await manager.send_command("echo", 6) == {0: 6, 1: 6}
+        assert kinds(manager.incidents) == [(1, 0, ExitCause.PROTOCOL)]
 
 
 async def test_ten_megabytes_of_output_disturb_nothing(make_manager, capfd):
