@@ -18,6 +18,7 @@ class Commands:
     Attributes:
         paused: No experience may be begun.
         stopping: The worker was told to stop, or the application has gone.
+        pausing: The pauses that are to be answered once nothing is collected.
     """
 
     def __init__(self, control: FrameReader, hooks: Hooks, status: StatusLine, tell: Tell) -> None:
@@ -27,7 +28,7 @@ class Commands:
         self._hooks = hooks
         self._status = status
         self._tell = tell
-        self._pausing: list[int] = []
+        self.pausing: list[int] = []
 
     async def obey(self, worker: Worker) -> None:
         """Handle every frame that has arrived, in order."""
@@ -37,7 +38,7 @@ class Commands:
                 await self._answer(worker, message)
             elif isinstance(message, messages.Pause):
                 self.paused = True
-                self._pausing.append(message.sequence)
+                self.pausing.append(message.sequence)
             elif isinstance(message, messages.Resume):
                 self.paused = False
             else:
@@ -70,13 +71,8 @@ class Commands:
         else:
             await self._tell(messages.Reply(command.sequence, payload))
 
-    @property
-    def is_pause_awaited(self) -> bool:
-        """Whether the application waits until nothing is collected."""
-        return bool(self._pausing)
-
     async def stand_still(self) -> None:
         """Answer those who wait for the pause; nothing is being collected now."""
-        while self._pausing:
+        while self.pausing:
             none = serialize.dumps(None)
-            await self._tell(messages.Reply(self._pausing.pop(0), none))
+            await self._tell(messages.Reply(self.pausing.pop(0), none))

@@ -80,14 +80,19 @@ def forget_current_loop() -> None:
         state.clear()
 
 
+def _policy() -> Any:
+    events: Any = asyncio.events
+    # From Python 3.14 on the public function gives a warning.
+    get = getattr(events, "_get_event_loop_policy", None) or events.get_event_loop_policy
+    return get()
+
+
 def _current_loop() -> dict[str, Any] | None:
     """Return what the event loop policy knows of this thread; ``None`` if it keeps no such state.
 
     It has the same shape in asyncio's policies and in uvloop's; empty is that of a new thread.
     """
-    events: Any = asyncio.events
-    policy = getattr(events, "_get_event_loop_policy", events.get_event_loop_policy)()
-    local = getattr(policy, "_local", None)
+    local = getattr(_policy(), "_local", None)
     return None if local is None else vars(local)
 
 
@@ -141,9 +146,7 @@ def _exchanged(state: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def _child_watch() -> tuple[Any, Any]:
     """Return the child watcher that is in use, if any, and the loop that it is attached to."""
-    events: Any = asyncio.events
-    policy = getattr(events, "_get_event_loop_policy", events.get_event_loop_policy)()
-    watcher = getattr(policy, "_watcher", None)
+    watcher = getattr(_policy(), "_watcher", None)
     return watcher, getattr(watcher, "_loop", None)
 
 

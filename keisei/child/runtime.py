@@ -76,6 +76,7 @@ class WorkerRuntime:
         self._hello: messages.Hello
         self._worker: Worker
         self._is_ready = False
+        self._has_limits = False
         self._recycle = ""
         self._turned = 0.0
         self._poll = endpoints.poll()
@@ -115,6 +116,7 @@ class WorkerRuntime:
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
         self._hello = hello = messages.unpack(frame, messages.CONTROL)
+        self._has_limits = hello.max_experiences is not None or hello.max_rss is not None
         self._commands.paused = hello.paused
         self._delivery = Delivery(self._ends.experience, self._status, hello.cells, hello.seed)
         self._closing.callback(self._delivery.close)
@@ -191,7 +193,7 @@ class WorkerRuntime:
             if step is Step.END:
                 return
             if self._hooks.collecting is None and (
-                self._loading.is_behind or self._commands.is_pause_awaited
+                self._loading.is_behind or self._commands.pausing
             ):
                 await self._catch_up()
             if step is Step.COLLECT:
@@ -210,15 +212,13 @@ class WorkerRuntime:
         if task is not None:
             collecting = Collecting.DONE if task.done() else Collecting.RUNNING
             return next_step(collecting, is_ending, False)
-        is_ending = is_ending or self._is_worn_out()
+        is_ending = is_ending or (self._has_limits and self._is_worn_out())
         may_collect = not is_ending and not self._commands.paused and self._has_credit()
         return next_step(Collecting.NOTHING, is_ending, may_collect)
 
     def _is_worn_out(self) -> bool:
         hello = self._hello
-        if hello.max_experiences is not None or hello.max_rss is not None:
-            committed = self._status.committed
-            self._recycle = worn_out(committed, hello.max_experiences, hello.max_rss)
+        self._recycle = worn_out(self._status.committed, hello.max_experiences, hello.max_rss)
         return bool(self._recycle)
 
     def _has_credit(self) -> bool:
@@ -254,8 +254,7 @@ class WorkerRuntime:
         """
         if self._loading.is_behind:
             await self._loading.load_newest(self._worker)
-        if self._commands.is_pause_awaited:
-            await self._commands.stand_still()
+        await self._commands.stand_still()
 
     async def _collect(self) -> Any:
         return await self._hooks.call(Phase.COLLECT, self._worker.collect)
