@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import pickletools
 import sys
+import threading
 import types
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -14,6 +16,10 @@ from keisei.naming import home_of
 
 OWN_MODULES = ("torch", "keisei.backends.process", "keisei.child.runtime")
 _NEVER = {"__main__", "__mp_main__", "builtins"}
+_parsing = threading.Lock()
+os.register_at_fork(
+    before=_parsing.acquire, after_in_parent=_parsing.release, after_in_child=_parsing.release
+)
 
 
 def modules_named_in(pickled: bytes) -> set[str]:
@@ -80,13 +86,27 @@ def _source_of(module: types.ModuleType) -> str | None:
     return source if isinstance(source, str) else None
 
 
-@lru_cache(maxsize=256)
 def _imports(source: str, package: str) -> frozenset[str]:
+    with _parsing:  # starts happen in several threads, and one of them is enough to parse
+        return _parsed_imports(source, package)
+
+
+@lru_cache(maxsize=256)
+def _parsed_imports(source: str, package: str) -> frozenset[str]:
     try:
-        tree = ast.parse(source)
+        tree = _parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return frozenset()  # the worker will tell
     return frozenset(_names(tree.body, package))
+
+
+def _parse(source: str) -> ast.Module:
+    try:
+        return ast.parse(source)
+    except SystemError:
+        # Before Python 3.13 two threads that parse at a time disturb each other's count of the
+        # depth; the other one is the application's.
+        return ast.parse(source)
 
 
 def _names(body: Iterable[ast.AST], package: str) -> Iterator[str]:
