@@ -718,17 +718,22 @@ class Varying(Counting):
         return Experience({**made.data, "ballast": torch.zeros(1 + 100_000 * (self.number > 1))})
 
 
-def die_while_publishing(publisher: WeightsPublisher, tensors: dict[str, torch.Tensor]) -> NoReturn:
-    """Be killed in the middle of a write: when half of the tensor is copied."""
+def die_while_publishing(reader: socket.socket) -> NoReturn:
+    """Publish version 1, hand its memory over, and be killed when half of version 2 is copied."""
     copy = torch.Tensor.copy_
 
     def half(target: torch.Tensor, source: torch.Tensor, *args: Any) -> None:
         copy(target.reshape(-1)[: target.numel() // 2], source.reshape(-1)[: target.numel() // 2])
         os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.Tensor.copy_ = half  # type: ignore[method-assign,assignment]
-    publisher.publish(tensors)
-    os._exit(1)
+    try:
+        publisher = WeightsPublisher(describe(weights(0.0)))
+        publisher.publish(weights(1.0))
+        socket.send_fds(reader, [b"!"], [publisher.fd])
+        torch.Tensor.copy_ = half  # type: ignore[method-assign,assignment]
+        publisher.publish(weights(2.0))
+    finally:
+        os._exit(1)
 
 
 def fill_shared_memory() -> None:

@@ -466,6 +466,9 @@ class Deadly(dict[str, Any]):
             kill_me()
         return super().__getitem__(name)
 
+    def items(self) -> Any:
+        return ((name, self[name]) for name in self)
+
 
 def die_publishing(writer: int) -> None:
     """Publish versions 1 and 2, then die by SIGKILL between two tensors of version 3."""

@@ -10,28 +10,15 @@ ends, what workers leave.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Container
 from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36
 _TRACKER = b"multiprocessing.resource_tracker"
 TRACKER_PATIENCE = 2.0
 """Seconds that multiprocessing's resource tracker has to unlink what its process left named."""
-
-
-def become_subreaper() -> bool:
-    """Have the kernel give this process what its descendants leave behind; tell whether it does."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
-    except (OSError, AttributeError):
-        return False
 
 
 def children() -> set[int]:

@@ -82,7 +82,7 @@ class _Server:
         self._selector = selectors.DefaultSelector()
         self._orphans = descendants.Orphans()
         self._helpers: set[int] = set()
-        self._adopts = descendants.become_subreaper()
+        self._adopts = process.adopt_orphans()
         if not self._adopts:
             # It has nothing to do at the application's end, and is killed with the others.
             self._own.append(process.tie_to(lifeline))
@@ -236,8 +236,6 @@ class _Server:
         nobody who would end it.
         """
         try:
-            if self._adopts:
-                descendants.become_subreaper()
             if not os.read(told, 1):
                 os._exit(1)
             os.close(told)

@@ -53,8 +53,8 @@ def heed_signals(crash_fd: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL, signal.SIGTERM})
 
 
-def adopt_orphans() -> None:
-    """Become the parent of all descendants whose parents end, where the kernel allows it.
+def adopt_orphans() -> bool:
+    """Become the parent of all descendants whose parents end; return whether the kernel allows it.
 
     They can be found by it then, whatever session or process group they have moved to.
     """
@@ -63,7 +63,8 @@ def adopt_orphans() -> None:
         import ctypes
 
         arguments = [ctypes.c_ulong(1), *[ctypes.c_ulong(0)] * 3]
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, *arguments)
+        return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, *arguments) == 0)
+    return False
 
 
 def tie_to(lifeline: int) -> int:

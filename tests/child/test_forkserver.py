@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from keisei.child import descendants, generators, process, surroundings
+from keisei.child import generators, process, surroundings
 from keisei.child.forkserver import MAX_FDS, NUMBER, REQUEST, _receive, _Server, request
 from keisei.ipc.memory import anonymous_file
 
@@ -30,7 +30,7 @@ def server(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[_Server]:
     """Return a server that runs in this process, and adopts nothing."""
-    monkeypatch.setattr(descendants, "become_subreaper", lambda: False)
+    monkeypatch.setattr(process, "adopt_orphans", lambda: False)
     monkeypatch.setattr(process, "tie_to", os.dup)
     monkeypatch.setattr(generators, "remember", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)

@@ -182,4 +182,4 @@ def test_where_orphans_cannot_be_adopted_nothing_happens(monkeypatch):
             """There is no function in it."""
 
     monkeypatch.setattr(ctypes, "CDLL", Without)
-    adopt_orphans()
+    assert not adopt_orphans()

@@ -7,6 +7,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fault_helpers import LIMIT, crashing, kinds, next_incident, until_ready
 from keisei.events import ExitCause
 from keisei.ipc import memory
 from keisei.ipc.layout import describe
-from keisei.ipc.weights import WeightsPublisher, WeightsReader
+from keisei.ipc.weights import WeightsReader
 from keisei.testing import failpoints
 from keisei.testing.failpoints import Failpoint, armed
 from keisei.testing.scenarios import fail_after
@@ -34,17 +35,17 @@ def filled(value):
 
 def test_a_publisher_killed_while_it_writes_leaves_the_version_before():
     """Whoever reads after a write that never ended gets the last whole version."""
-    publisher = WeightsPublisher(describe(fault_workers.weights(0.0)))
-    publisher.publish(fault_workers.weights(1.0))
-    reader = WeightsReader(os.dup(publisher.fd), publisher.layout)
-    pid = os.fork()  # small tensors: torch's threads do not survive a fork
-    if pid == 0:
-        fault_workers.die_while_publishing(publisher, fault_workers.weights(2.0))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        pid = os.fork()  # small tensors: torch's threads do not survive a fork
+        if pid == 0:
+            fault_workers.die_while_publishing(theirs)
+        _, (fd,), _, _ = socket.recv_fds(ours, 1, 1)
+        reader = WeightsReader(fd, describe(fault_workers.weights(0.0)))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     tensors, version = reader.read()
     assert version == 1
     assert tensors["w"].unique().tolist() == [1.0]
-    publisher.close()
 
 
 async def test_workers_never_see_half_of_a_version(make_manager):
