@@ -87,7 +87,7 @@ async def test_run_fails_fast_when_no_worker_ever_started(make_manager):
             raise AssertionError("there are no batches")
 
         def state_dict(self):
-            return {}
+            return pool_workers.a_model().state_dict()
 
     worker = partial(fault_workers.Failing, "setup", partial(fault_workers.throw_named, "Frozen"))
     manager = make_manager(worker, num_workers=4, learner=Learner())

@@ -290,7 +290,7 @@ def _clean_up(
             os.killpg(process.number, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(process.number, 0)
-        for fd in (process.pidfd, process.crash_fd):
+        for fd in (process.end, process.crash_fd):
             if "memfd:keisei-crash" in named(fd) or "pidfd" in named(fd):
                 os.close(fd)
     for fd in left_open:
