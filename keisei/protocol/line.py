@@ -216,7 +216,7 @@ class Line:
     def outstanding(self) -> int:
         """Experiences that the worker may collect or is collecting."""
         receiver = self._receiver  # read here, not through its property: this is every batch's path
-        return receiver.granted - receiver.parser.received
+        return receiver.granted - receiver.received
 
     @property
     def has_requests(self) -> bool:

@@ -78,6 +78,8 @@ class Receiver:
     Attributes:
         parser: Turns frames into experiences, and counts them.
         granted: Experiences that the worker was allowed to collect so far.
+        received: Experiences that were handed on. One that is being parsed in a thread counts
+            only then: between the two nothing else would account for it.
         owner: Told what the worker says; ``None`` before ``listen`` and after ``close``.
         takes_weights: Whether the worker can load weights; ``None`` until it is ready.
         goodbye: The worker's announcement of an orderly end.
@@ -101,6 +103,7 @@ class Receiver:
         self._parsing: asyncio.Future[PendingBatch] | None = None
         self._unpacking: set[asyncio.Future[Any]] = set()
         self.granted = 0
+        self.received = 0
         self.owner: LineOwner | None = None
         self.takes_weights: bool | None = None
         self.goodbye: messages.Goodbye | None = None
@@ -120,14 +123,9 @@ class Receiver:
         self.parser.close()
 
     @property
-    def received(self) -> int:
-        """Experiences that have arrived."""
-        return self.parser.received
-
-    @property
     def outstanding(self) -> int:
-        """Experiences that the worker may collect or is collecting."""
-        return self.granted - self.parser.received
+        """Experiences that the worker may collect or is collecting, or that are being parsed."""
+        return self.granted - self.received
 
     async def read_arrived(self) -> None:
         """Deliver every experience that was sent up to this moment."""
@@ -152,10 +150,10 @@ class Receiver:
     # experiences
 
     def _on_experience(self) -> None:
-        before = self.parser.received
+        before = self.received
         self._take_experiences()
         now = asyncio.get_running_loop().time()
-        count = self.parser.received - before
+        count = self.received - before
         look_at = self._coalescer.next_look(now, count, self.outstanding)
         if look_at is not None:
             self._experience.rest(look_at)
@@ -193,6 +191,7 @@ class Receiver:
             self._on_experience()
 
     def _hand_over(self, batch: PendingBatch) -> None:
+        self.received += 1
         if self.owner is not None:
             try:
                 self.owner.on_batch(batch)
