@@ -243,11 +243,6 @@ class Line:
         """What the worker says it is doing."""
         return self.status.phase
 
-    @property
-    def is_lost(self) -> bool:
-        """Whether the worker's process is known to have ended."""
-        return self._lost is not None
-
     # its end
 
     async def read_arrived(self) -> None:
