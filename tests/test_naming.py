@@ -24,7 +24,7 @@ from keisei.naming import home_of
 from keisei.training.parallel.run import RunReport
 from keisei.worker import Experience, WorkerContext
 
-ROOT = Path(keisei.__file__).parent.parent
+PACKAGE = Path(keisei.__file__).parent
 NAMES = pytest.mark.parametrize("name", keisei.__all__)
 
 
@@ -73,7 +73,7 @@ def test_the_source_of_a_public_name_is_found(name):
     assert [node.name for node in body if isinstance(node, kinds) and node.name == name] == [name]
     functions = [value] if inspect.isfunction(value) else vars(value).values()
     for function in filter(inspect.isfunction, functions):
-        if inspect.unwrap(function).__code__.co_filename.startswith(str(ROOT)):
+        if Path(inspect.unwrap(function).__code__.co_filename).is_relative_to(PACKAGE):
             source = inspect.getsource(function)
             assert f"def {function.__name__}(" in source
             assert source in path.read_text(encoding="utf-8")
