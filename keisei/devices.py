@@ -13,7 +13,7 @@ _ALL = f"'auto', {_ONE}, or a list with one for each worker"
 
 
 def device_problem(name: object, *, of_one: bool = False) -> str | None:
-    """Say what is wrong with the name of a device, or ``None`` if nothing is.
+    """Describe the problem with the name of a device; ``None`` if it is valid.
 
     Args:
         name: What was given as a device.

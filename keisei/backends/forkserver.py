@@ -57,8 +57,8 @@ class ForkServer:
 
     Attributes:
         pid: Its process id, ``None`` while it is not running.
-        epoch: The number of aborts. Whoever aborts counts first, in the thread where starts are
-            described: one that was described before, and asks only later, starts no new server.
+        epoch: The number of aborts. A start belongs to the epoch in which it was described; an
+            abort begins a new one, so that a start of before starts no new server.
     """
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ class ForkServer:
                 self._stop()
 
     def abort(self) -> None:
-        """Kill the server, whoever uses it; starts that are under way fail. See ``epoch``.
+        """Kill the server although it is in use; starts that are under way fail. See ``epoch``.
 
         It may hang in an import. Workers that live go on without it.
         """
@@ -127,7 +127,7 @@ class ForkServer:
         return pid, report
 
     def _ask(self, fds: Sequence[int], epoch: int) -> socket.socket:
-        """Send a request, to a new server if there is none or it has died, and return whom."""
+        """Send a request, to a new server where none lives; return that server's socket."""
         with self._lock:
             if epoch != self.epoch:
                 raise ChildProcessError("the fork server was ended before it was asked")
@@ -135,7 +135,7 @@ class ForkServer:
                 try:
                     socket.send_fds(self._socket, [REQUEST], fds)
                 except (BrokenPipeError, ConnectionResetError):
-                    self._stop()  # it had ended before it could hear of the request
+                    self._stop()  # it had ended before it could read the request
                 else:
                     return self._socket
             self._socket = self._start()

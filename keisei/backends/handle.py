@@ -49,7 +49,7 @@ class LocalProcess:
         self._watch(self._sentinel if pidfd is None else pidfd, self._on_end)
 
     async def wait(self) -> int | None:
-        """Wait for its end and return its exit code, ``None`` if nobody can know it."""
+        """Wait for its end and return its exit code, ``None`` if it cannot be known."""
         return await asyncio.shield(self._exit)
 
     def _watch(self, fd: int, callback: Callable[[], None]) -> None:

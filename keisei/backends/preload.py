@@ -47,7 +47,7 @@ def modules_named_in(pickled: bytes) -> set[str]:
 
 
 def default_preload(modules: set[str]) -> tuple[str, ...]:
-    """Return what is worth importing before forking: installed modules that workers will use.
+    """Return the installed modules that workers will use, to be imported before forking.
 
     They are those among ``modules``, and those that the user's own modules import, directly or
     through one another. The user's own are imported by each worker itself.
@@ -110,7 +110,7 @@ def _parse(source: str) -> ast.Module:
 
 
 def _names(body: Iterable[ast.AST], package: str) -> Iterator[str]:
-    """Find what runs at import: not what functions import, nor what is behind a guard."""
+    """Find the imports that run at import: none inside functions or behind a guard."""
     for node in body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -80,7 +80,7 @@ class WorkerProcess(aiomultiprocess.Process):
         self.aio_process = _Process(name, self.unit, fds, preload, with_main)
 
     def exit_code(self) -> tuple[bool, int | None]:
-        """Return whether it has ended, and its exit code, ``None`` if nobody can know it."""
+        """Return whether it has ended, and its exit code, ``None`` if it cannot be known."""
         code = self.aio_process.exitcode
         return code is not None, None if code == UNKNOWN else code
 

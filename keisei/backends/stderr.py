@@ -41,7 +41,7 @@ class StderrTail:
         return text.decode(errors="replace")
 
     def close(self) -> None:
-        """Have what is left passed on, and close the pipe."""
+        """Pass the rest on, and close the pipe."""
         self._relay.remove(self)
 
 
@@ -57,7 +57,7 @@ class StderrRelay:
         self._alarm: tuple[int, int] = (-1, -1)
 
     def pipe(self) -> tuple[StderrTail, int]:
-        """Make a pipe that is read from now on; return what is read, and the end to write to.
+        """Make a pipe that is read from now on; return its reader, and the end to write to.
 
         Raises:
             OSError: There is no room for a thread or descriptors; nothing is left open.
@@ -78,13 +78,13 @@ class StderrRelay:
         return tail, write_end
 
     def drain(self, tail: StderrTail) -> None:
-        """Read what is in a pipe now."""
+        """Read all that a pipe holds now."""
         with self._lock:
             self._read(tail)
             self._rouse()
 
     def remove(self, tail: StderrTail) -> None:
-        """Read what is in a pipe now, and close it; again has no effect."""
+        """Read all that a pipe holds now, and close it; a second call has no effect."""
         with self._lock:
             if self._tails.pop(tail.fd, None) is not None:
                 self._read(tail)

@@ -28,7 +28,7 @@ class Delivery:
     """Delivers one worker's experiences.
 
     Attributes:
-        has_ended: Nobody takes experiences any more.
+        has_ended: The application takes no more experiences.
     """
 
     def __init__(self, writer: FrameWriter, status: StatusLine, cells: int, seed: int) -> None:

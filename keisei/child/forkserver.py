@@ -2,7 +2,7 @@
 
 Unlike multiprocessing's, it has no name in the file system that a killed application could
 leave behind, serves only the process that started it, and ends with it: it watches the lifeline,
-and stays for the moment in which it ends whatever workers have left.
+and stays until it has ended all processes that workers have left.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(requests: int, lifeline: int, application: int) -> None:
 
 
 class _Server:
-    """Forks, tells how what it forked has ended, and ends what that leaves behind."""
+    """Forks workers, reports their exit codes, and ends processes that they leave behind."""
 
     def __init__(self, requests: socket.socket, lifeline: int, application: int) -> None:
         self._requests = requests
@@ -103,7 +103,7 @@ class _Server:
                 self._end()
 
     def _wait(self, timeout: float | None) -> set[int]:
-        """Wait for anything to happen, and see to what has ended; return what is readable."""
+        """Wait for an event and reap processes that have ended; return the readable descriptors."""
         ready = {key.fd for key, _ in self._selector.select(timeout)}
         if self._woken in ready:
             os.read(self._woken, 4096)
@@ -113,7 +113,7 @@ class _Server:
         return ready
 
     def _end(self) -> NoReturn:
-        """Kill every child, and what they leave, until none is left; then end."""
+        """Kill every child and every process that they leave, until none is left; then end."""
         self._helpers.clear()
         for pid in self._reports:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -166,7 +166,7 @@ class _Server:
         with self._watching() if missing else contextlib.nullcontext():
             if missing:
                 self._import(missing)
-            process.flush()  # what is in a buffer would be written once more by each process
+            process.flush()  # each process would write the text in a buffer once more
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -232,8 +232,8 @@ class _Server:
     def _become_worker(self, told: int, data: int, inherited: list[int]) -> NoReturn:
         """Run the worker in the forked process; never returns.
 
-        It begins when the application was told of it. A server that is killed before leaves
-        nobody who would end it.
+        It begins when the application was told of it: a server that is killed before that would
+        leave a process that is never ended.
         """
         try:
             if not os.read(told, 1):
@@ -244,7 +244,7 @@ class _Server:
             self._selector.close()
             self._requests.close()
             # It keeps its own report open: the end of that pipe is the end of both, also where
-            # the server is killed and there is no other way to hear of the worker's end.
+            # the server is killed and the worker's end is seen in no other way.
             for fd in (*self._own, *self._reports.values()):
                 os.close(fd)
             self._drop_edited()

@@ -37,7 +37,7 @@ Seeder = Callable[[Any, int], object]
 
 
 class Known:
-    """What is known from before a fork: generators by where they are, and the modules."""
+    """The state before a fork: generators by where they are, and the modules."""
 
     generators: Mapping[str, Any] = {}
     modules: frozenset[str] = frozenset()

@@ -1,4 +1,4 @@
-"""Calling the worker's hooks: under a phase, ``def`` or ``async def``, whatever they raise."""
+"""Calls the worker's hooks, ``def`` or ``async def``, under a phase, and catches all they raise."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Hooks:
 
 @contextlib.contextmanager
 def failing_as(phase: Phase) -> Iterator[None]:
-    """Turn whatever the body raises about the worker's own values into ``HookFailed``."""
+    """Turn an exception of the body, about the worker's own values, into ``HookFailed``."""
     try:
         yield
     except BaseException as error:

@@ -45,7 +45,7 @@ def lead_own_group() -> None:
 def heed_signals(crash_fd: int) -> None:
     """Write stacks into ``crash_fd`` on a crash or on request, and end on SIGTERM.
 
-    Whatever the application does with SIGTERM itself is inherited otherwise.
+    Otherwise it would inherit how the application itself handles SIGTERM.
     """
     faulthandler.enable(file=crash_fd, all_threads=True)
     faulthandler.register(STACKS_SIGNAL, file=crash_fd, all_threads=True)
@@ -56,7 +56,7 @@ def heed_signals(crash_fd: int) -> None:
 def adopt_orphans() -> bool:
     """Become the parent of all descendants whose parents end; return whether the kernel allows it.
 
-    They can be found by it then, whatever session or process group they have moved to.
+    It can find them then, also in a session or process group of their own.
     """
     # Elsewhere than on Linux there is no prctl, and a sandbox may refuse it: orphans go to init.
     with contextlib.suppress(ImportError, OSError, AttributeError):
@@ -108,7 +108,7 @@ def _watch_in_a_thread(lifeline: int) -> None:
 
 
 def reap(pid: int | None, flag: int = os.WNOHANG) -> tuple[int, int]:
-    """Reap one child, or any that has ended; first end what is left of its process group.
+    """Reap one child, or any that has ended; first end the rest of its process group.
 
     Only until it is reaped can the number of its group be nobody else's.
 
@@ -137,7 +137,7 @@ class Inherited:
 
 
 def flush() -> None:
-    """Write out what is in the buffers of the standard streams."""
+    """Write out the buffers of the standard streams."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, replaced or missing: not ours to mend
             stream.flush()

@@ -47,7 +47,7 @@ def keep_apart() -> None:
 
 
 def clean_up(patience: float) -> None:
-    """Have the tracker, if there is one, unlink what is left, and wait for that.
+    """Let the tracker, if there is one, unlink the rest, and wait for that.
 
     It begins once no child of this process uses it any more; the wait is bounded.
 

@@ -1,4 +1,4 @@
-"""What a process tells of an exception: text of bounded length, whatever the exception says."""
+"""What a process tells of an exception: text of bounded length."""
 
 from __future__ import annotations
 

@@ -145,8 +145,8 @@ class FrameReader:
         def heard() -> None:
             if self._closed or not (self._frames or self._end is not None):
                 return
-            # What came since is the next event's, so that the loop turns; and one telling of
-            # credits is enough for all that is taken now.
+            # Frames that came since belong to the next event, so that the loop turns. One message
+            # of credits is enough for all frames that are taken now.
             self._hearing = True
             try:
                 on_arrival()
@@ -160,17 +160,17 @@ class FrameReader:
             asyncio.get_running_loop().call_soon(heard)
 
     def rest(self, until: float) -> None:
-        """Have whoever listens, or waits, hear nothing until then (loop time): then all at once."""
+        """Tell a listener and waiting tasks nothing until then (loop time), then all at once."""
         self._arrived.rest(until)
 
     def grant(self, credits: int) -> None:
-        """Let the writer send ``credits`` more frames; what cannot be told now is told later."""
+        """Let the writer send ``credits`` more frames; the message may be sent later."""
         self._owed += credits
         if self._tell():
             self._tellable.begin()
 
     def _tell(self) -> bool:
-        """Tell the writer what it is owed; return whether that must wait."""
+        """Send the writer the credits that it is owed; return whether that must wait."""
         if self._owed and not self._closed:
             try:
                 self._sock.send(wire.CREDIT.pack(self._owed), wire.SEND_FLAGS)
@@ -182,12 +182,12 @@ class FrameReader:
         return False
 
     def drain(self) -> None:
-        """Read all that a writer, which is dead by now, has left."""
+        """Read all that a dead writer has left."""
         while self._end is None and self._receive(wire.SHARE)[0]:
             pass
 
     def pump(self) -> bool:
-        """Read what has arrived, up to a share that keeps the loop responsive.
+        """Read all that has arrived, up to a share that keeps the loop responsive.
 
         Returns:
             Whether everything was read: nothing more has arrived.

@@ -181,7 +181,7 @@ class FrameWriter:
                 raise QueueTimeout(f"the reader made no room for {timeout} s")
 
     def _flush(self) -> bool:
-        """Send a share of what is unsent; return whether more is left."""
+        """Send a share of the unsent bytes; return whether more are left."""
         share = wire.SHARE
         while self._unsent and share > 0:
             parts = _share_of(tuple(itertools.islice(self._unsent, wire.MAX_PARTS)), share)

@@ -1,6 +1,6 @@
 """Anonymous shared memory: no name, every page reserved up front, and its size sealed.
 
-Whoever receives a descriptor can neither shrink nor grow the memory, so no process can end
+A receiver of its descriptor can neither shrink nor grow the memory, so no process can end
 another one by SIGBUS. Where the kernel refuses seals, memory is shared without them.
 """
 
@@ -23,7 +23,7 @@ from keisei.ipc import forks, kernel
 
 PAGE = mmap.PAGESIZE
 _OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-"""What keeps this process from mapping anything; any other error is about the descriptor."""
+"""Errors that tell of this process's limits; any other error is about the descriptor."""
 _SLOW_TO_UNMAP = 1 << 23
 """Bytes from which on a mapping is unmapped in a thread."""
 
@@ -183,9 +183,9 @@ def part(
 ) -> ctypes.Array[Any]:
     """Return a buffer on a part of ``region``.
 
-    Whatever is built on the buffer keeps it alive; when nothing does any more, ``on_unused`` is
-    called, in whatever thread that happens. A forked child that lets go of its copy calls nothing:
-    the part is its parent's.
+    Every view of the buffer keeps it alive. When the last one goes, ``on_unused`` is called, in
+    the thread where that happens. A forked child that lets go of its copy calls nothing: the part
+    is its parent's.
     """
     if not 0 <= start <= start + nbytes <= len(region.map):
         raise ValueError(f"bytes {start} to {start + nbytes} are not in {len(region.map)}")

@@ -29,7 +29,7 @@ class AsyncQueue(Generic[T]):
     """
 
     def __init__(self, maxsize: int = 0, *, manual: bool = False) -> None:
-        """Make a queue for ``maxsize`` values that nobody took yet.
+        """Make a queue for ``maxsize`` values that were not taken yet.
 
         Args:
             maxsize: The bound; 0 leaves it to the operating system's buffers, which take some
@@ -141,7 +141,7 @@ class AsyncQueue(Generic[T]):
         return value
 
     def qsize(self) -> int:
-        """Return how many items nobody took yet.
+        """Return how many items were not taken yet.
 
         A process that has the sending end alone knows what the reader has told it, which is at
         most a turn of the reader's loop late; with the receiving end alone, what has arrived.

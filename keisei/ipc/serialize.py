@@ -42,7 +42,7 @@ def dumps(value: Any, what: str = "value") -> Payload:
         still change.
 
     Raises:
-        SerializationError: If it cannot be pickled, whatever its ``__reduce__`` raised.
+        SerializationError: If it cannot be pickled; its ``__reduce__`` may raise anything.
     """
     kind = type(value)
     if kind in _PLAIN or (kind in _TEXT and len(value) <= LARGE):

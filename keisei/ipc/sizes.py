@@ -18,7 +18,7 @@ _FIXED = frozenset({type(None), bool, float, complex, type(...), range, slice})
 _TEXT = (str, bytes, bytearray, memoryview)
 _SEQUENCES = (list, tuple, set, frozenset, deque)
 _BY_NAME = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
-"""What is pickled as a name, or not at all."""
+"""Kinds of values that are pickled as a name, or not at all."""
 
 
 def is_large(value: Any) -> bool:

@@ -1,8 +1,8 @@
 """One page of shared memory per process in which a worker says what it is doing.
 
 The worker writes, the application reads, neither waits. What it says outlives the worker, so an
-incident can tell what was lost. Every read is total: the page may hold anything, and whatever it
-holds is a phase, a time in the past or a number in range.
+incident can tell what was lost. Every read is total: the page may hold anything, and each read
+returns a phase, a time in the past or a number in range.
 """
 
 from __future__ import annotations

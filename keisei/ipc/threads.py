@@ -86,6 +86,6 @@ async def to_the_end(work: Callable[[], T]) -> T:
         except asyncio.CancelledError as error:
             cancelled = error
     if cancelled is not None:
-        working.exception()  # retrieved: the caller hears of its cancellation alone
+        working.exception()  # retrieved: the caller is told of its cancellation alone
         raise cancelled
     return working.result()

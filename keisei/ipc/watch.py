@@ -1,4 +1,4 @@
-"""Wait for one direction of a descriptor, in whatever event loop is running."""
+"""Wait for one direction of a descriptor, in the running event loop."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Watch:
     """One direction of one descriptor, the tasks that wait for it, and perhaps a listener.
 
     The descriptor is watched from the first wait on and left watched between waits; an event
-    that finds nobody waiting, and nothing left to do, ends the watch. So a busy queue makes no
-    ``epoll_ctl`` calls. It may rest: what happens meanwhile wakes nobody up. Belongs to one event
-    loop at a time; when that one is gone, to the next that uses it.
+    that finds no waiting task and no work left ends the watch. So a busy queue makes no
+    ``epoll_ctl`` calls. While it rests, events wake no task up. It belongs to one event loop at a
+    time; when that loop is gone, to the next that uses it.
     """
 
     def __init__(self, fd: int, *, writing: bool, work: Callable[[], bool]) -> None:
@@ -53,7 +53,7 @@ class Watch:
         self._heard = heard
 
     def begin(self) -> None:
-        """Watch in the running loop; where none is running, the next call does what is due."""
+        """Watch in the running loop; where none runs, the next call does the work that is due."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -65,7 +65,7 @@ class Watch:
             self._watch(loop)
 
     def rest(self, until: float) -> None:
-        """Notice nothing until then (loop time), and then whatever has happened."""
+        """Notice nothing until then (loop time), and then all that has happened."""
         if self._loop is not None and self._rest is None:
             self._watch_no_longer(self._loop)
             self._rest = self._loop.call_at(until, self._end_rest)
@@ -112,7 +112,7 @@ class Watch:
         self._notify()
 
     def close(self) -> None:
-        """Watch never again, and let go of the owner and of who listens."""
+        """Watch never again, and let go of the owner and of the listener."""
         self.stop()
         self._heard = None
         self._work = _nothing_is_left

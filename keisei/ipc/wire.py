@@ -18,7 +18,7 @@ CREDIT = struct.Struct("<I")
 CHUNK = 1 << 16
 """Bytes per read, except into the body of a larger frame."""
 SHARE = 1 << 20
-"""Bytes after which one end lets the event loop turn, whatever more there is to move."""
+"""Bytes after which one end lets the event loop turn before it moves more."""
 MAX_FDS = 4
 """Descriptors that may come with one frame."""
 MAX_PARTS = 64
@@ -42,7 +42,7 @@ ALIGNMENT = 64
 
 
 def padding(nbytes: int) -> bytes:
-    """Return what aligns whatever follows on ``nbytes`` bytes."""
+    """Return the padding that aligns a buffer behind ``nbytes`` bytes."""
     return bytes(-nbytes % ALIGNMENT)
 
 

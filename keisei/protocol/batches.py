@@ -83,7 +83,7 @@ class BatchParser:
     ) -> PendingBatch:
         """Return the experience that a frame is about.
 
-        One call at a time, frames in order; any thread. What is not right changes nothing here,
+        One call at a time, frames in order; any thread. A wrong frame changes nothing here,
         and closes the frame's descriptors.
 
         Args:

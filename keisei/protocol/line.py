@@ -102,7 +102,7 @@ class Line:
         """Send a control frame behind those before it, as soon as there is room.
 
         Raises:
-            QueueEnded: The worker can hear no more.
+            QueueEnded: The worker no longer reads.
         """
         self._send(messages.pack(message))
 
@@ -124,7 +124,7 @@ class Line:
         self._unsent.clear()
 
     def try_to_send(self, message: Any) -> bool:
-        """Send a control frame as ``send`` does; return whether the worker can still hear it."""
+        """Send a control frame as ``send`` does; return whether the worker still reads."""
         try:
             self.send(message)
         except (QueueEnded, QueueClosed):

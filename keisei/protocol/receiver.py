@@ -72,7 +72,8 @@ class QuietOwner:
 class Receiver:
     """The reading side of a line.
 
-    What cannot be parsed is the sender's fault. An exception raised afterwards, by whoever takes
+    A frame that cannot be parsed is the sender's fault. An exception raised afterwards, by the
+    owner that takes
     the result, is the application's, and is told as that.
 
     Attributes:
@@ -159,7 +160,7 @@ class Receiver:
             self._experience.rest(look_at)
 
     def _take_experiences(self) -> None:
-        """Take what is here. A heavy frame is parsed in a thread, and what follows it waits."""
+        """Take all frames. A heavy frame is parsed in a thread; later frames wait for it."""
         while self._parsing is None and (frame := self._next(self._experience)) is not None:
             if self.parser.is_heavy(frame[0]):
                 self._parsing = in_thread(lambda heavy=frame: self._parse(*heavy))  # type: ignore[misc]

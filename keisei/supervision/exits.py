@@ -18,7 +18,7 @@ class Verdict:
 
     Attributes:
         cause: The kind of end.
-        detail: One line of what is known beyond it.
+        detail: One line with more about it.
         raised: An exception is the cause, which a second try would only repeat.
         blames_weights: The weights that it had, if it had any, may be the cause.
     """
@@ -41,7 +41,7 @@ def classify(
 
     Args:
         words: What it left behind.
-        exitcode: Minus the signal's number after a signal; ``None`` if nobody knows it.
+        exitcode: Minus the signal's number after a signal; ``None`` if it is unknown.
         was_ready: It had finished its start.
         ended_for: Why the supervisor killed it or asked it to end, if it did.
         launch_error: Why it could not be started at all.
@@ -81,7 +81,7 @@ def classify(
 
 
 def _crashed(exitcode: int | None) -> bool:
-    """Return whether a signal ended it that nobody sends to make a process end."""
+    """Return whether a signal ended it that tells of a fault, such as SIGSEGV."""
     return exitcode is not None and exitcode < 0 and -exitcode not in _ENDING_SIGNALS
 
 

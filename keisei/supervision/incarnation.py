@@ -278,7 +278,7 @@ class Incarnation:
         )
 
     def _ask(self) -> bool:
-        """Ask it to stop, unless it would not hear of it: it is still starting, or leaving."""
+        """Ask it to stop, unless it is still starting or already ending."""
         line = self.line
         if line is None or line.phase is Phase.START or line.has_said_farewell:
             return False

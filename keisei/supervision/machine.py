@@ -236,7 +236,7 @@ def _exited(table: SlotTable, exit_: Exited, now: float) -> tuple[SlotTable, lis
         table = table.with_slot(worker_id, replace(slot, status=SlotStatus.STOPPED))
         return (_added(table, worker_id) if slot.is_wanted_again else table), []
     if not exit_.cause.is_failure:
-        # Nobody asked it to end for good: a recycled worker, or one that said goodbye by itself.
+        # Its slot stays: the worker was recycled, or ended by itself in an orderly way.
         return table.with_slot(worker_id, replace(slot, status=SlotStatus.WAITING)), []
     return _failed(table, slot, exit_, now)
 

@@ -1,4 +1,4 @@
-"""What the supervisor needs of a running worker, whatever the backend."""
+"""What every backend's running worker offers to the supervisor."""
 
 from __future__ import annotations
 

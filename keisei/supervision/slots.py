@@ -61,7 +61,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class SlotTable:
-    """The state of every slot, and what is known about the pool as a whole.
+    """The state of every slot and of the pool as a whole.
 
     Attributes:
         policy: The restart policy.

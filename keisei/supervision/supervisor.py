@@ -118,7 +118,7 @@ class Supervisor:
     async def stop(self) -> None:
         """End every process and return when all are gone or abandoned.
 
-        ``hurry`` shortens what is left of the grace.
+        ``hurry`` shortens the rest of the grace.
         """
         self._advance(machine.Stopping())
         while self._tasks:
@@ -129,7 +129,7 @@ class Supervisor:
         self._hurry.set()
 
     def kill_all(self) -> None:
-        """Kill every process at once and give back what they held, whatever became of the loop."""
+        """Kill every process at once and give back what they held; works on a closed loop too."""
         self._table = replace(self._table, is_stopping=True)
         for one in self._incarnations.values():
             if one.handle is not None and not one.is_gone:
@@ -237,7 +237,7 @@ class Supervisor:
     async def _conclude(
         self, one: Incarnation, exitcode: int | None, launch_error: Exception | None
     ) -> None:
-        """Read what is left, classify, let the machine decide, and tell everybody."""
+        """Drain the line, classify the exit, let the machine decide, and report the incident."""
         words = await one.read_to_the_end()
         verdict = classify(
             words,

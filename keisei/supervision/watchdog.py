@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Observation(NamedTuple):
-    """What is known about a worker at one moment.
+    """The facts about a worker at one moment.
 
     Attributes:
         owes: It has something to do.

@@ -84,7 +84,7 @@ def failpoint(place: str) -> None:
 
 
 class _Armory:
-    """What is armed in one worker, and how often each place was reached since."""
+    """The failpoints armed in one worker, and how often each was reached since."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._worker = (context.worker_id, context.incarnation)
@@ -282,7 +282,7 @@ class Visitor:
 
 
 class Gate:
-    """Holds whoever comes by until the test lets it go.
+    """Holds each worker that reaches it until the test lets it go.
 
     ::
 
@@ -293,7 +293,7 @@ class Gate:
             visitor.release()
 
     The application makes it and waits for visitors; pickled copies, in any process, call
-    ``hold`` or await ``wait``. At a gate that is open, or whose maker has gone, nobody is held.
+    ``hold`` or await ``wait``. An open gate, or a gate whose maker has gone, holds no worker.
     """
 
     def __init__(self) -> None:

@@ -35,7 +35,7 @@ def no_leaks() -> Iterator[None]:
 
 
 class _Unheard(logging.Handler):
-    """Keeps what asyncio logs as errors: exceptions that nobody retrieved, tasks destroyed."""
+    """Keeps what asyncio logs as errors: exceptions never retrieved, tasks destroyed."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

@@ -18,7 +18,7 @@ from keisei.training.parallel.rounds import Round
 
 
 class Flow:
-    """Grants credits and keeps what has arrived until it is taken.
+    """Grants credits and keeps experiences that have arrived until they are taken.
 
     Attributes:
         num_dropped: Experiences discarded by ``overflow`` or ``staleness_policy``.
@@ -60,7 +60,7 @@ class Flow:
         self.num_batches = 0
         self.num_steps = 0
 
-    # what happens
+    # events
 
     def arrived(self, arrival: PendingBatch) -> None:
         """Take in an experience that a worker has committed."""
@@ -74,11 +74,11 @@ class Flow:
         if (
             self._config.overflow == "drop_oldest"
             and self._queued[worker_id] > self._config.max_queue_size
-            and not self._demand  # whoever waits is about to take them, the oldest first
+            and not self._demand  # a caller that waits is about to take them, the oldest first
         ):
             self._drop_oldest_of(worker_id)
         self._top_up_one(worker_id)
-        # Whoever waits for many steps is not woken up for each few of them.
+        # A caller that waits for many steps is not woken up for each few of them.
         if any(self._has(num_steps) for num_steps in self._wanted):
             self._changed.set()
 
@@ -206,9 +206,9 @@ class Flow:
                 self._append(arrival)
 
     async def hold_rounds(self, is_over: Callable[[], bool]) -> None:
-        """Have no round of the sync mode begin until ``release_rounds``; wait for one that goes on.
+        """Let no round of the sync mode begin until ``release_rounds``; wait for the running one.
 
-        When cancelled, none is held.
+        When cancelled, rounds are not held.
         """
         self._rounds_held += 1
         try:
@@ -220,10 +220,10 @@ class Flow:
             raise
 
     def release_rounds(self) -> None:
-        """Let rounds begin again, one at once where somebody waits for it."""
+        """Let rounds begin again; begin one at once if a caller waits for it."""
         self._rounds_held -= 1
         if self._wanted:
-            self._begin_round()  # now: whoever holds them in a loop leaves no other moment
+            self._begin_round()  # now: a caller that holds rounds in a loop leaves no other moment
 
     def take(self, num_steps: int | None = None) -> list[ExperienceBatch]:
         """Take what ``wait_for`` has found, oldest first, up to about ``num_steps``.
@@ -251,10 +251,10 @@ class Flow:
         return batch
 
     def _drop_too_old(self) -> None:
-        """Discard what is too stale, before anything is counted or taken.
+        """Discard experiences that are too stale, before any are counted or taken.
 
-        The version may be published from a thread at any time; what is taken now is measured by
-        this look at it.
+        A version may be published from a thread at any time; the experiences that are taken now
+        are measured by the version that is read here.
         """
         self._newest = self._newest_version()
         oldest = self._newest - (self._config.max_staleness or 0)
@@ -267,7 +267,7 @@ class Flow:
             self._top_up_one(arrival.worker_id)
 
     def discard_all(self) -> None:
-        """Give everything that has arrived back unread."""
+        """Give the memory of all experiences that have arrived back, unread."""
         while self._arrivals:
             self._pop()
         self._round = None

@@ -8,7 +8,7 @@ from keisei.protocol.batches import PendingBatch
 
 
 class Round:
-    """The workers of one round, and what has arrived from each."""
+    """The workers of one round, and the experiences that have arrived from each."""
 
     def __init__(self, worker_ids: Iterable[int]) -> None:
         self._arrived: dict[int, PendingBatch | None] = dict.fromkeys(worker_ids)
@@ -35,5 +35,5 @@ class Round:
         return None not in self._arrived.values()
 
     def batches(self) -> list[PendingBatch]:
-        """Return what has arrived, ordered by worker."""
+        """Return the experiences that have arrived, ordered by worker."""
         return [batch for _, batch in sorted(self._arrived.items()) if batch is not None]

@@ -34,7 +34,7 @@ class EventStream:
     """Events, until the pool has stopped.
 
     Attributes:
-        num_missed: Events that were dropped because nobody took them.
+        num_missed: Events that were dropped because the stream was full.
     """
 
     def __init__(self, streams: MutableSet[EventStream]) -> None:
@@ -54,7 +54,7 @@ class EventStream:
         self._changed.set()
 
     def close(self) -> None:
-        """End the stream after what is in it."""
+        """End the stream after the events that it holds."""
         self._closed = True
         self._streams.discard(self)
         self._changed.set()
@@ -73,7 +73,7 @@ class EventStream:
 
 
 class EventHub:
-    """Passes a pool's events on to observers, and to whoever iterates over them.
+    """Passes a pool's events on to its observers and to its event streams.
 
     Attributes:
         observers: Told of every event.
@@ -94,6 +94,6 @@ class EventHub:
         return EventStream(self._streams)
 
     def close(self) -> None:
-        """End every stream after what is in it."""
+        """End every stream after the events that it holds."""
         for stream in list(self._streams):
             stream.close()
