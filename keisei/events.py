@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from time import time as wall_clock
+from typing import Any
 
+from keisei.jsonable import jsonable
 from keisei.naming import public
 
 
@@ -83,6 +87,8 @@ class Incident:
         last_command: The name of the last command that it began, or ``None``.
         rss: Its resident memory in bytes when that was last read, or ``None``.
         stderr: The last lines that it wrote to its standard error, or "".
+        time: Wall clock, seconds since 1970, when the record was made; it does not count when two
+            records are compared.
     """
 
     worker_id: int
@@ -101,6 +107,24 @@ class Incident:
     last_command: str | None = None
     rss: int | None = None
     stderr: str = ""
+    time: float = field(default_factory=wall_clock, kw_only=True, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as what JSON has, with "summary" and "signal_name" beside its fields.
+
+        As in ``Event.to_dict``.
+        """
+        return {
+            **_fields_of(self),
+            "signal_name": jsonable(self._safely("signal_name")),
+            "summary": jsonable(self._safely("summary")),
+        }
+
+    def _safely(self, name: str) -> Any:
+        try:
+            return getattr(self, name)
+        except Exception:  # noqa: BLE001 - a field of a wrong kind
+            return None
 
     @property
     def signal_name(self) -> str | None:
@@ -121,9 +145,28 @@ class Incident:
         )
 
 
+def _fields_of(value: Any) -> dict[str, Any]:
+    return {one.name: jsonable(getattr(value, one.name)) for one in dataclasses.fields(value)}
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Base of all events."""
+    """Base of all events.
+
+    Attributes:
+        time: Wall clock, seconds since 1970, when the event was made. It is for people and logs: it
+            may step. It does not count when two events are compared.
+    """
+
+    time: float = field(default_factory=wall_clock, kw_only=True, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as what JSON has: "type", its class's name, and each field by its name.
+
+        ``json.dumps(event.to_dict(), allow_nan=False)`` always works: NaN and infinity are
+        ``None``, enumerations their values, exceptions and unknown objects text.
+        """
+        return {"type": type(self).__name__, **_fields_of(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +292,9 @@ class UpdateCompleted(Event):
         num_restarts: Restarts since the pool started.
         staleness: Mean policy lag of the update's batches, in versions.
         metrics: The numbers among the metrics that ``learn`` returned, as plain floats.
+        episode_returns: Undiscounted returns of the episodes that ended in the update's batches, as
+            workers report them in ``info["episode_returns"]``.
+        episode_lengths: Their lengths in steps, from ``info["episode_lengths"]``.
     """
 
     update: int
@@ -259,3 +305,19 @@ class UpdateCompleted(Event):
     num_restarts: int
     staleness: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    episode_returns: tuple[float, ...] = ()
+    episode_lengths: tuple[int, ...] = ()
+
+    @property
+    def mean_return(self) -> float | None:
+        """The mean of ``episode_returns``; ``None`` if no episode ended."""
+        return _mean(self.episode_returns)
+
+    @property
+    def mean_length(self) -> float | None:
+        """The mean of ``episode_lengths``; ``None`` if no episode ended."""
+        return _mean(self.episode_lengths)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -483,3 +483,13 @@ class Sampling(Worker):
         x = torch.randn(32, 1)
         with torch.inference_mode():
             return {"x": x, "prediction": self.model(x)}
+
+
+class Episodic(Worker):
+    """Reports the same two episodes with each experience."""
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None: ...
+
+    def collect(self) -> Experience:
+        info = {"episode_returns": [1.0, 3.0], "episode_lengths": [2, 4]}
+        return Experience({"x": torch.zeros(6)}, info)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -61,6 +62,34 @@ class MetricNumbers:
         with contextlib.suppress(BaseException):  # what is wrong with it, ``of`` tells
             copy = dict(metrics)
         return copy, self.of(metrics)
+
+    def episodes_of(
+        self, infos: Iterable[Mapping[str, Any]]
+    ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Return the returns and lengths of the episodes that ended in an update's batches.
+
+        They are what workers put under "episode_returns" and "episode_lengths" in their ``info``:
+        sequences of numbers. Anything else there is left out, and told once. Raises nothing.
+        """
+        returns: list[float] = []
+        lengths: list[int] = []
+        for info in infos:
+            returns += self._series(info, "episode_returns")
+            lengths += map(int, filter(math.isfinite, self._series(info, "episode_lengths")))
+        return tuple(returns), tuple(lengths)
+
+    def _series(self, info: Mapping[str, Any], name: str) -> list[float]:
+        try:
+            values = info.get(name, ())
+            if not isinstance(values, list | tuple):
+                values = values.tolist()  # of an array or a tensor
+            numbers = [_number(value) for value in values]
+        except Exception as error:  # noqa: BLE001 - told; an info must not end the training
+            self._warn(name, f"a batch's info[{name!r}] is no sequence of numbers: {_text(error)}")
+            return []
+        if None in numbers:
+            self._warn(name, f"a batch's info[{name!r}] holds what is no number; it is left out")
+        return [number for number in numbers if number is not None]
 
     def _add_all(self, numbers: dict[str, float], metrics: Mapping[Any, Any]) -> None:
         for name, value in metrics.items():

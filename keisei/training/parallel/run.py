@@ -185,6 +185,7 @@ class TrainingLoop:
             return
         steps = sum(batch.num_steps for batch in batches)
         staleness = sum(batch.staleness for batch in batches) / len(batches)
+        returns, lengths = self._numbers.episodes_of(batch.info for batch in batches)
         self._batches += len(batches)
         outcome = await self._calls.learn(batches)
         del batches  # their memory is free for the workers while the weights are pushed
@@ -206,6 +207,8 @@ class TrainingLoop:
                 num_restarts=stats.num_restarts,
                 staleness=staleness,
                 metrics=numbers,
+                episode_returns=returns,
+                episode_lengths=lengths,
             )
         )
         self._updated = time.monotonic()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import pool_workers
+from keisei import ParallelManager
 from keisei.events import UpdateCompleted
 from keisei.observers.log import LogObserver
 from keisei.testing.scenarios import fail_after
@@ -316,3 +317,68 @@ def test_a_mock_is_what_it_says_it_is():
     value = mock.MagicMock()
     value.__float__.return_value = 7.0
     assert MetricNumbers().of({"a": value}) == {"a": 7.0}
+
+
+EPISODES = [
+    ([{"episode_returns": [1.5, 2], "episode_lengths": [3, 4]}], ((1.5, 2.0), (3, 4))),
+    ([{}, {"episode_returns": (1.0,)}], ((1.0,), ())),
+    ([{"episode_returns": np.array([1.0, 2.0])}], ((1.0, 2.0), ())),
+    ([{"episode_lengths": torch.tensor([5])}], ((), (5,))),
+]
+NO_EPISODES = [None, "text", 3, {"a": 1}, object(), Failing(ValueError("no"))]
+
+
+@pytest.mark.parametrize(("infos", "expected"), EPISODES)
+def test_episodes_of_batches_are_gathered(caplog, infos, expected):
+    """Returns and lengths of all batches follow one another, whatever sequence they come in."""
+    assert MetricNumbers().episodes_of(infos) == expected
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("value", NO_EPISODES, ids=lambda value: type(value).__name__)
+def test_what_is_no_sequence_of_numbers_is_left_out_and_told_once(caplog, value):
+    """Workers may put anything under that name; the training goes on."""
+    numbers = MetricNumbers()
+    for _ in range(3):
+        assert numbers.episodes_of([{"episode_returns": value}]) == ((), ())
+    assert len(caplog.records) == 1
+    assert "info['episode_returns']" in caplog.text
+
+
+def test_a_length_that_is_no_number_is_left_out():
+    """NaN has no integer; a missing value in a sequence is passed over."""
+    infos = [{"episode_returns": [1.0, None], "episode_lengths": [math.nan, 2]}]
+    assert MetricNumbers().episodes_of(infos) == ((1.0,), (2,))
+
+
+class Idle:
+    """A learner that learns nothing and returns nothing."""
+
+    def learn(self, batches):
+        return None
+
+    def state_dict(self):
+        return torch.nn.Linear(1, 1).state_dict()
+
+
+async def test_episodes_are_in_updates_without_code_of_the_learners():
+    """What workers report in info stands in UpdateCompleted, whatever the learner returns."""
+    seen = []
+
+    class Keep:
+        def on_event(self, event):
+            seen.append(event)
+
+    manager = ParallelManager(
+        pool_workers.Episodic,
+        learner=Idle(),
+        observers=[Keep()],
+        config={"backend": "inline", "num_workers": 1},
+    )
+    async with fail_after(20):
+        await manager.run(max_steps=1, steps_per_update=1)
+    updates = [event for event in seen if isinstance(event, UpdateCompleted)]
+    assert (updates[0].episode_returns, updates[0].episode_lengths) == ((1.0, 3.0), (2, 4))
+    assert (updates[0].mean_return, updates[0].mean_length) == (2.0, 3.0)
+    times = [event.time for event in seen]
+    assert times == sorted(times)
