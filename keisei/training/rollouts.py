@@ -47,24 +47,44 @@ def generalized_advantage_estimate(
     them, a terminated episode is worth nothing after its end, a truncated one the value of its
     last observation, and an unfinished one the value of the observation that follows the rollout.
 
+    An infinite or undefined number stays where it belongs: it reaches neither the episodes before
+    and after its own, nor, from a step that ``mask`` excludes, any other step.
+
     Args:
         data: ``rewards``, ``values``, ``next_values`` as floats and ``terminated``, ``truncated``
-            as booleans, all ``[T, ...]`` with time first; other names are ignored.
+            as booleans, all ``[T, ...]`` with time first; ``mask``, of the same shape, if there is
+            one. Other names are ignored. At terminated steps ``next_values`` is not read.
         gamma: The discount factor, 0 … 1.
         gae_lambda: The weight of longer returns, 0 (one step) … 1 (Monte Carlo).
 
     Returns:
         Advantages and returns (``advantages + values``), new tensors shaped like ``rewards``,
-        without gradient. At steps that a ``mask`` excludes they mean nothing.
+        without gradient. At steps that ``mask`` excludes both are 0.
     """
     with torch.no_grad():
-        values = data["values"]
-        deltas = data["rewards"] + gamma * data["next_values"] - values
-        ended = data["terminated"] | data["truncated"]
-        decays = (gamma * gae_lambda) * ended.logical_not().to(deltas.dtype)
-        advantages = torch.empty_like(deltas)
-        following = torch.zeros_like(deltas[0])
-        rows = zip(deltas.unbind(), decays.unbind(), advantages.unbind(), strict=True)
-        for delta, decay, advantage in reversed(list(rows)):
-            following = torch.addcmul(delta, decay, following, out=advantage)
+        rewards, values, terminated = data["rewards"], data["values"], data["terminated"]
+        # A product with 0 would not do: 0 times infinity is no number.
+        deltas = rewards
+        if gamma:
+            deltas = rewards + gamma * data["next_values"].masked_fill(terminated, 0.0)
+        deltas = deltas - values
+        ended = terminated | data["truncated"]
+        mask = data.get("mask")
+        if mask is not None:
+            excluded = mask.logical_not()
+            values = values.masked_fill(excluded, 0.0)
+            deltas = deltas.masked_fill(excluded, 0.0)
+            ended = ended | excluded
+        advantages = _discounted_sums(deltas, ended, gamma * gae_lambda)
         return advantages, advantages + values
+
+
+def _discounted_sums(terms: torch.Tensor, ended: torch.Tensor, decay: float) -> torch.Tensor:
+    """Add to each term ``[T, ...]`` the later ones up to an end, discounted by ``decay``."""
+    if not decay or not len(terms):
+        return terms
+    following = nothing = torch.zeros_like(terms[0])
+    sums = terms.clone()
+    for total, end in reversed(list(zip(sums.unbind(), ended.unbind(), strict=True))):
+        following = total.add_(torch.where(end, nothing, following), alpha=decay)
+    return sums

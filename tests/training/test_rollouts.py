@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -40,6 +42,84 @@ def test_neither_kind_of_end_lets_a_later_reward_through(end):
         advantages, _ = generalized_advantage_estimate(data, gamma=1.0, gae_lambda=1.0)
         estimates.append(advantages[:, 0].tolist())
     assert estimates == [[2.0, 1.0, 0.0], [2.0, 1.0, 1000.0]]
+
+
+NUMBERS = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("name", ["rewards", "values", "next_values"])
+def test_a_masked_step_reaches_no_other(name, number):
+    """Whatever number a masked step holds, the others are as by hand, and its own results are 0."""
+    columns = {
+        "rewards": [1.0, 2.0, 7.0, 4.0],
+        "values": [2.0, 4.0, 9.0, 8.0],
+        "next_values": [4.0, 10.0, 8.0, 16.0],
+    }
+    columns[name][2] = number
+    data = make_rollout(
+        **columns,
+        terminated=[False] * 4,
+        truncated=[False, True, False, False],
+        mask=[True, True, False, True],
+    )
+    advantages, returns = generalized_advantage_estimate(data, gamma=0.5, gae_lambda=0.5)
+    # deltas: 1+2-2=1, 2+5-4=3 (ends), masked, 4+8-8=4; decay 1/4
+    assert advantages[:, 0].tolist() == [1.75, 3.0, 0.0, 4.0]
+    assert returns[:, 0].tolist() == [3.75, 7.0, 0.0, 12.0]
+
+
+def test_a_masked_step_ends_what_comes_before_it():
+    """A step that is left out in the middle of an episode lets nothing through."""
+    data = make_rollout(
+        rewards=[1.0, 1.0, 1000.0],
+        values=[0.0] * 3,
+        next_values=[0.0] * 3,
+        terminated=[False] * 3,
+        truncated=[False] * 3,
+        mask=[True, False, True],
+    )
+    advantages, _ = generalized_advantage_estimate(data, gamma=1.0, gae_lambda=1.0)
+    assert advantages[:, 0].tolist() == [1.0, 0.0, 1000.0]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+def test_no_number_crosses_the_end_of_an_episode(number, end, gae_lambda):
+    """0 times infinity is no number, so what follows an end is left out and not multiplied."""
+    columns = {"terminated": [False] * 4, "truncated": [False] * 4}
+    columns[end] = [False, True, False, False]
+    data = make_rollout(
+        rewards=[1.0, 1.0, number, 1.0], values=[0.0] * 4, next_values=[0.0] * 4, **columns
+    )
+    advantages, returns = generalized_advantage_estimate(data, gamma=1.0, gae_lambda=gae_lambda)
+    assert advantages[:2, 0].tolist() == returns[:2, 0].tolist() == [1.0 + gae_lambda, 1.0]
+    assert advantages[3].item() == returns[3].item() == 1.0
+    assert advantages[2].item() == pytest.approx(number, nan_ok=True)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_with_lambda_zero_a_number_stays_at_its_step(number):
+    """One-step estimates do not see a later reward, even one that is not finite."""
+    flags = {"terminated": [False] * 3, "truncated": [False] * 3}
+    columns = {"values": [0.0] * 3, "next_values": [2.0] * 3}
+    data = make_rollout(rewards=[1.0, number, 1.0], **columns, **flags)
+    advantages, _ = generalized_advantage_estimate(data, gamma=0.5, gae_lambda=0.0)
+    assert advantages[:, 0].tolist() == [2.0, pytest.approx(number, nan_ok=True), 2.0]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_without_discounting_values_of_later_steps_are_not_read(number):
+    """With gamma 0, and at terminated steps, what next_values holds does not matter."""
+    flags = {"terminated": [False, True], "truncated": [False] * 2}
+    columns = {"rewards": [1.0, 2.0], "values": [0.5, 0.5]}
+    data = make_rollout(next_values=[number, number], **columns, **flags)
+    advantages, _ = generalized_advantage_estimate(data, gamma=0.0, gae_lambda=0.9)
+    assert advantages[:, 0].tolist() == [0.5, 1.5]
+    data = make_rollout(next_values=[4.0, number], **columns, **flags)
+    advantages, _ = generalized_advantage_estimate(data, gamma=0.5, gae_lambda=1.0)
+    assert advantages[:, 0].tolist() == [2.5 + 0.75, 1.5]
 
 
 def test_with_lambda_one_returns_are_discounted_sums():
