@@ -22,7 +22,7 @@ class ExitCause(enum.StrEnum):
     REQUESTED = "requested"
     """The pool ended it while stopping or scaling down."""
     RECYCLED = "recycled"
-    """The pool replaced it on purpose; not a failure."""
+    """The pool replaced it on purpose, or on request; not a failure."""
     USER_ERROR = "user error"
     """A hook raised; the traceback tells where."""
     START_FAILED = "start failed"

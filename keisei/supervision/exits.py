@@ -46,7 +46,8 @@ def classify(
         ended_for: Why the supervisor killed it or asked it to end, if it did.
         launch_error: Why it could not be started at all.
     """
-    is_requested = ended_for is not None and ended_for[0] is ExitCause.REQUESTED
+    orderly = (ExitCause.REQUESTED, ExitCause.RECYCLED)
+    is_requested = ended_for is not None and ended_for[0] in orderly
     if launch_error is not None and not is_requested:
         hint = failures.remedy(launch_error)
         what = f"{type(launch_error).__name__}: {launch_error}{hint and '; '}{hint}"

@@ -144,10 +144,11 @@ class Incarnation:
 
     # what the supervisor asks
 
-    def end(self) -> None:
-        """Have it end in an orderly way, soon."""
+    def end(self, *, is_replaced: bool = False) -> None:
+        """Have it end in an orderly way, soon; another process may take its place."""
         if self.ended_for is None:
-            self.ended_for = (ExitCause.REQUESTED, "")
+            replaced = (ExitCause.RECYCLED, "a restart was requested")
+            self.ended_for = replaced if is_replaced else (ExitCause.REQUESTED, "")
         self._stop_requested.set()
 
     def condemn(self, cause: ExitCause, detail: str) -> None:

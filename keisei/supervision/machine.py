@@ -70,11 +70,18 @@ class Removed:
 
 
 @dataclass(frozen=True, slots=True)
+class Replaced:
+    """A new process is wanted in a slot; one that was given up or stopped is filled again."""
+
+    worker_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stopping:
     """The whole pool is to stop."""
 
 
-Event = Added | Readied | Exited | Due | Removed | Stopping
+Event = Added | Readied | Exited | Due | Removed | Replaced | Stopping
 
 # what to do
 
@@ -99,9 +106,10 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """End a slot's process in an orderly way."""
+    """End a slot's process in an orderly way; ``is_replaced`` if another takes its place."""
 
     worker_id: int
+    is_replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +169,9 @@ def step(table: SlotTable, event: Event, now: float) -> tuple[SlotTable, list[Ac
         case Removed(worker_id):
             if worker_id in table.slots:
                 table, actions = _end(table, worker_id)
+        case Replaced(worker_id):
+            if worker_id in table.slots:
+                table, actions = _replaced(table, worker_id)
         case Stopping():
             table = replace(table, is_stopping=True)
             for worker_id in table.slots:
@@ -185,9 +196,21 @@ def _added(table: SlotTable, worker_id: int) -> SlotTable:
         return table.with_slot(worker_id, Slot())
     if slot.status.is_terminal:
         return table.with_slot(worker_id, Slot(incarnation=slot.incarnation))
-    if slot.status is SlotStatus.ENDING:
+    if slot.status is SlotStatus.ENDING and not slot.is_replaced:
         return table.with_slot(worker_id, replace(slot, is_wanted_again=True))
     return table
+
+
+def _replaced(table: SlotTable, worker_id: int) -> tuple[SlotTable, list[Action]]:
+    slot = table.slots[worker_id]
+    if table.is_stopping:
+        return table, []
+    if slot.status in (SlotStatus.STARTING, SlotStatus.RUNNING):
+        slot = replace(slot, status=SlotStatus.ENDING, is_replaced=True)
+        return table.with_slot(worker_id, slot), [End(worker_id, is_replaced=True)]
+    if slot.status is SlotStatus.BACKOFF:  # its timer says ``Due`` to a slot that waits no more
+        return table.with_slot(worker_id, replace(slot, status=SlotStatus.WAITING)), []
+    return _added(table, worker_id) if slot.status.is_terminal else table, []
 
 
 def _fill(table: SlotTable) -> tuple[SlotTable, list[Action]]:
@@ -217,7 +240,7 @@ def _fill(table: SlotTable) -> tuple[SlotTable, list[Action]]:
 
 def _end(table: SlotTable, worker_id: int) -> tuple[SlotTable, list[Action]]:
     """Bring one slot towards its end."""
-    slot = replace(table.slots[worker_id], is_wanted_again=False)
+    slot = replace(table.slots[worker_id], is_wanted_again=False, is_replaced=False)
     actions: list[Action] = []
     if slot.status in (SlotStatus.STARTING, SlotStatus.RUNNING):
         slot = replace(slot, status=SlotStatus.ENDING)
@@ -232,6 +255,9 @@ def _exited(table: SlotTable, exit_: Exited, now: float) -> tuple[SlotTable, lis
     slot = table.slots.get(worker_id)
     if slot is None or slot.incarnation != exit_.incarnation or not slot.status.has_process:
         return table, []
+    if slot.is_replaced and not table.is_stopping:
+        slot = replace(slot, status=SlotStatus.WAITING, ready_since=None, is_replaced=False)
+        return table.with_slot(worker_id, slot), []
     if slot.status is SlotStatus.ENDING or table.is_stopping:
         table = table.with_slot(worker_id, replace(slot, status=SlotStatus.STOPPED))
         return (_added(table, worker_id) if slot.is_wanted_again else table), []

@@ -48,6 +48,7 @@ class Slot:
         is_restart: Its next process takes the place of one that ended by itself.
         is_wanted_again: It was added again while its process was being ended; the next one
             starts when that is gone.
+        is_replaced: Its process is being ended on request, and the next one takes its place.
     """
 
     status: SlotStatus = SlotStatus.WAITING
@@ -57,6 +58,7 @@ class Slot:
     ready_since: float | None = None
     is_restart: bool = False
     is_wanted_again: bool = False
+    is_replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

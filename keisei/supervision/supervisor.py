@@ -95,6 +95,10 @@ class Supervisor:
         """End a slot's process in an orderly way and leave the slot empty."""
         self._advance(machine.Removed(worker_id))
 
+    def restart(self, worker_id: int) -> None:
+        """Have a new process take the place of the slot's present one."""
+        self._advance(machine.Replaced(worker_id))
+
     async def wait_settled(self) -> None:
         """Wait until every slot is running, given up or stopped.
 
@@ -102,15 +106,20 @@ class Supervisor:
             WorkerStartError: A worker's first start failed by an exception of its own.
             PoolExhausted: The restart policy was exceeded.
         """
+        await self.wait_until(lambda: all(map(self.is_settled, self._table.slots)))
+
+    async def wait_until(self, is_reached: Callable[[], bool]) -> None:
+        """Wait until the slots are as wanted; raises as ``wait_settled``."""
         while True:
             self._changed.clear()
             if self.failure is not None:
                 raise self.failure
-            if all(self._is_settled(worker_id) for worker_id in self._table.slots):
+            if is_reached():
                 return
             await self._changed.wait()
 
-    def _is_settled(self, worker_id: int) -> bool:
+    def is_settled(self, worker_id: int) -> bool:
+        """Return whether the slot is running, given up or stopped."""
         if self.is_ready(worker_id):
             return self._incarnations[worker_id].handle is not None  # it may be ready before that
         return self.is_closed(worker_id)
@@ -156,8 +165,8 @@ class Supervisor:
                 case machine.Schedule(worker_id, incarnation, delay):
                     due = machine.Due(worker_id, incarnation)
                     self._incarnations[worker_id].later(delay, self._advance, due)
-                case machine.End(worker_id):
-                    self._incarnations[worker_id].end()
+                case machine.End(worker_id, is_replaced):
+                    self._incarnations[worker_id].end(is_replaced=is_replaced)
                 case machine.Withdraw() | machine.GiveUp() | machine.Escalate():
                     pass  # these need the incident; ``_conclude`` carries them out
         if isinstance(event, machine.Stopping):

@@ -16,6 +16,7 @@ GOODBYE = LastWords(said_goodbye=True)
 FAILED = LastWords(failure="ValueError: no", traceback="Traceback …", phase="collect")
 HUNG = (ExitCause.HANG, "no progress in collect for 10.0 s")
 REQUESTED = (ExitCause.REQUESTED, "")
+REPLACED = (ExitCause.RECYCLED, "a restart was requested")
 PROTOCOL = (ExitCause.PROTOCOL, "a frame makes no sense")
 ABANDONED = (ExitCause.ABANDONED, "process 5 is in state 'D'")
 LOST = (
@@ -118,6 +119,13 @@ def verdict(cause: ExitCause, detail: str = "", *flags: str) -> Verdict:
         (
             LastWords(),
             {"exitcode": -11, "ended_for": REQUESTED},
+            verdict(ExitCause.SIGNAL, "SIGSEGV", "blames"),
+        ),
+        (LastWords(), {"exitcode": -9, "ended_for": REPLACED}, verdict(*REPLACED)),
+        (GOODBYE, {"exitcode": 0, "ended_for": REPLACED}, verdict(*REPLACED)),
+        (
+            LastWords(),
+            {"exitcode": -11, "ended_for": REPLACED},
             verdict(ExitCause.SIGNAL, "SIGSEGV", "blames"),
         ),
         (LastWords(), {"exitcode": -11, "ended_for": HUNG}, verdict(*HUNG, "blames")),

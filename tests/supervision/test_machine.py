@@ -22,6 +22,7 @@ from keisei.supervision.machine import (
     GiveUp,
     Readied,
     Removed,
+    Replaced,
     Schedule,
     Spawn,
     Stopping,
@@ -175,6 +176,72 @@ def test_the_last_word_about_a_slot_that_ends_counts():
     assert drive.tell(Removed(0)) == []
     assert drive.fail(cause=ExitCause.REQUESTED) == []
     assert drive.status() is SlotStatus.STOPPED
+
+
+@pytest.mark.parametrize("is_ready", [False, True])
+def test_a_process_is_replaced_on_request(is_ready):
+    """It is asked once to end, and whatever its end is like, its successor is no failure."""
+    drive = Drive(policy={"max_restarts": 0})
+    if is_ready:
+        drive.ready()
+    assert drive.tell(Replaced(0)) == [End(0, is_replaced=True)]
+    assert drive.status() is SlotStatus.ENDING
+    assert drive.tell(Replaced(0)) == []
+    assert drive.tell(Added(0)) == []
+    assert drive.fail(cause=ExitCause.SIGNAL) == [Spawn(0, 1, is_restart=True)]
+    assert drive.pool.failures == drive.pool.slots[0].failures == ()
+    drive.ready()
+    assert drive.tell(Replaced(0)) == [End(0, is_replaced=True)]
+
+
+def test_a_replacement_keeps_the_failures_of_before():
+    """A restart on request does not lengthen the budget of a slot that fails."""
+    drive = Drive(degrade=True, min_workers=0, policy={"max_restarts": 1})
+    drive.fail()
+    drive.ready()
+    drive.tell(Replaced(0))
+    assert drive.fail(cause=ExitCause.RECYCLED) == [Spawn(0, 2, is_restart=True)]
+    drive.ready()
+    assert drive.fail() == [GiveUp(0)]
+
+
+@pytest.mark.parametrize("last", [Removed(0), Stopping()])
+def test_a_slot_that_is_being_replaced_may_be_removed(last):
+    """The last word counts: nothing is started in it any more."""
+    drive = Drive()
+    drive.ready()
+    drive.tell(Replaced(0))
+    assert drive.tell(last) == []
+    assert drive.fail(cause=ExitCause.RECYCLED) == []
+    assert drive.status() is SlotStatus.STOPPED
+
+
+def test_a_slot_in_its_back_off_is_replaced_at_once():
+    """The restart that was to come later comes now, and its timer starts no second one."""
+    drive = Drive()
+    drive.fail()
+    drive.fail(jitter=0.5)
+    assert drive.status() is SlotStatus.BACKOFF
+    assert drive.tell(Replaced(0)) == [Spawn(0, 2, is_restart=True)]
+    assert drive.tell(Due(0, 1)) == []
+    assert drive.incarnation() == 2
+
+
+def test_a_slot_that_was_given_up_is_filled_again_on_request():
+    """It starts afresh, with the next incarnation and no failures."""
+    drive = Drive(degrade=True, min_workers=0, policy={"max_restarts": 0})
+    assert drive.fail() == [GiveUp(0)]
+    assert drive.tell(Replaced(0)) == [Spawn(0, 1)]
+    assert drive.pool.slots[0].failures == ()
+
+
+@pytest.mark.parametrize("unknown", [Replaced(9), Replaced(1)])
+def test_a_replacement_of_what_has_no_process_yet_changes_nothing(unknown):
+    """A slot that waits for its start, or does not exist, is left as it is."""
+    drive = Drive(2, policy={"max_concurrent_starts": 1})
+    before = drive.pool
+    assert drive.tell(unknown) == []
+    assert drive.pool == before
 
 
 @pytest.mark.parametrize("prepare", ["starting", "running", "backoff", "waiting"])
@@ -569,6 +636,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.is_over = False
         self.was_complete = False
         self.withdrawn: list[int] = []
+        self.replaced: set[int] = set()
 
     def tell(self, happening: Event) -> list[Action]:
         self.pool, actions = step(self.pool, happening, self.now)
@@ -602,9 +670,23 @@ class AnyOrder(RuleBasedStateMachine):
     workers = st.integers(0, 3)
 
     @rule(worker_id=workers)
+    def replace(self, worker_id):
+        slot = self.pool.slots.get(worker_id)
+        if slot is not None and slot.status.is_terminal:
+            self.failures[worker_id] = []
+            self.in_a_row[worker_id] = 0
+        self.timers.pop(worker_id, None)
+        if slot is not None and worker_id in self.processes and worker_id not in self.ending:
+            self.replaced.add(worker_id)
+        self.tell(Replaced(worker_id))
+        if slot is not None and not self.is_over:
+            assert not self.pool.slots[worker_id].status.is_terminal
+
+    @rule(worker_id=workers)
     def add(self, worker_id):
         slot = self.pool.slots.get(worker_id)
-        if slot is None or slot.status.is_terminal or worker_id in self.ending:
+        is_leaving = worker_id in self.ending - self.replaced
+        if slot is None or slot.status.is_terminal or is_leaving:
             self.failures[worker_id] = []
             self.in_a_row[worker_id] = 0
         self.tell(Added(worker_id))
@@ -615,6 +697,7 @@ class AnyOrder(RuleBasedStateMachine):
     def remove(self, worker_id):
         self.tell(Removed(worker_id))
         self.timers.pop(worker_id, None)
+        self.replaced.discard(worker_id)
         if worker_id in self.pool.slots:
             slot = self.pool.slots[worker_id]
             assert slot.status is SlotStatus.ENDING or slot.status.is_terminal
@@ -648,6 +731,8 @@ class AnyOrder(RuleBasedStateMachine):
         ready_at = self.ready_at.pop(worker_id, None)
         self.starting.discard(worker_id)
         self.ending.discard(worker_id)
+        was_replaced = worker_id in self.replaced
+        self.replaced.discard(worker_id)
         actions = self.tell(Exited(worker_id, incarnation, cause, jitter, version, raised))
         escalated = any(isinstance(action, Escalate) for action in actions)
         gave_up = GiveUp(worker_id) in actions
@@ -656,6 +741,8 @@ class AnyOrder(RuleBasedStateMachine):
             assert not escalated
             assert not gave_up
             assert delays == []
+            if was_replaced and not was_over:
+                assert self.pool.slots[worker_id].failures == tuple(self.failures[worker_id])
             return
         is_healthy = ready_at is not None and self.now - ready_at >= self.policy.reset_after
         self.in_a_row[worker_id] = 1 if is_healthy else self.in_a_row[worker_id] + 1

@@ -166,6 +166,7 @@ async def pool(manager: ParallelManager, model: torch.nn.Module) -> None:
         await manager.resume()
         await manager.reset()
         await manager.scale(4)
+        await manager.restart(0)
         async for event in manager.events():
             assert_type(event, Event)
     report = await manager.run(max_steps=1000, max_seconds=60)

@@ -198,6 +198,11 @@ class Lifecycle:
         await self._started().over.wait()
 
     @property
+    def state(self) -> str:
+        """What it is: "not started", "starting", "running", "stopping" or "stopped"."""
+        return self._state.value
+
+    @property
     def is_stop_requested(self) -> bool:
         """Whether ``request_stop`` or ``stop`` was called."""
         return self._stop_requested

@@ -9,16 +9,16 @@ from typing import Any
 
 import anyio.lowlevel
 
-from keisei.events import Incident, PoolPaused, PoolResumed, PoolScaled, UpdateCompleted
+from keisei.events import Incident, PoolPaused, PoolResumed, UpdateCompleted
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
 from keisei.naming import public
 from keisei.observers import Observer
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
-from keisei.training.parallel.lifecycle import Lifecycle
 from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import RunReport, TrainingLoop
+from keisei.training.parallel.sizing import Sizing
 from keisei.training.parallel.snapshots import PreparedModel
 from keisei.training.parallel.stats import PoolStats, WorkerInfo
 from keisei.training.parallel.streams import EventStream, ExperienceStream
@@ -26,7 +26,7 @@ from keisei.training.parallel.weights_source import WeightsSource
 
 
 @public
-class ParallelManager(Lifecycle):
+class ParallelManager(Sizing):
     """Runs a pool of workers from inside an asyncio application.
 
     Use it as ``async with ParallelManager(...) as manager:``, or ``await manager.run()`` for the
@@ -245,27 +245,6 @@ class ParallelManager(Lifecycle):
         Batches that were collected before stay queued.
         """
         await self.send_command("reset", timeout=timeout)
-
-    # size
-
-    async def scale(self, num_workers: int) -> None:
-        """Change the number of slots, and return when all are ready or gone.
-
-        Slots are added and removed at the upper end. A worker that is removed finishes the
-        experience that it is collecting; what it has delivered stays queued. When cancelled, the
-        change goes on by itself.
-
-        Raises:
-            ValueError: ``num_workers`` is not positive.
-            PoolExhausted: The restart policy was exceeded.
-            ManagerStateError: The manager is not running.
-        """
-        pool = self._usable()
-        if num_workers < 1:
-            raise ValueError(f"num_workers is {num_workers}; a pool needs at least one worker")
-        await pool.resize(num_workers)
-        if pool.num_workers == num_workers:
-            self._hub.publish(PoolScaled(num_workers))
 
     # what it knows
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import torch
@@ -139,6 +140,22 @@ class Pool:
             self.supervisor.remove(worker_id)
         await self.supervisor.wait_settled()
 
+    async def restart(self, worker_id: int) -> None:
+        """Replace the process of a slot; return when the new one is ready."""
+        slots = self.supervisor
+        before = slots.slots[worker_id].incarnation
+        slots.restart(worker_id)
+        await slots.wait_until(
+            lambda: (
+                slots.is_settled(worker_id)
+                and (slots.slots[worker_id].incarnation > before or slots.is_closed(worker_id))
+            )
+        )
+        if slots.is_closed(worker_id):
+            status = slots.slots[worker_id].status
+            why = f"worker {worker_id} was not restarted: its slot is {status} now"
+            raise WorkerLost(why, worker_id, slots.slots[worker_id].incarnation)
+
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
         self.is_paused = True
@@ -178,6 +195,8 @@ class Pool:
         handle = running.handle if running is not None else None
         line = running.line if running is not None else None
         status = line.status if handle is not None and line is not None else None
+        now = time.monotonic()
+        moved_at = status.since if status is not None else 0.0
         is_ready = self.supervisor.is_ready(worker_id)  # it may be, before its pid is known
         return WorkerInfo(
             worker_id=worker_id,
@@ -189,6 +208,8 @@ class Pool:
             weights_version=status.version if status is not None else 0,
             experiences=status.committed if status is not None else 0,
             num_failures=len(slot.failures),
+            age=now - slot.ready_since if status is not None and slot.ready_since else 0.0,
+            seconds_since_progress=max(0.0, now - moved_at) if moved_at > 0 else 0.0,
         )
 
     def _on_pushed(self, version: int, num_bytes: int) -> None:

@@ -19,6 +19,8 @@ class WorkerInfo:
         weights_version: The version that it has applied; 0 is none.
         experiences: Experiences that this incarnation has committed.
         num_failures: Failures within the restart window.
+        age: Seconds since its process became ready; 0 while it is not.
+        seconds_since_progress: Since its main loop last moved; 0 without a process.
     """
 
     worker_id: int
@@ -30,6 +32,8 @@ class WorkerInfo:
     weights_version: int
     experiences: int
     num_failures: int
+    age: float
+    seconds_since_progress: float
 
 
 @dataclass(frozen=True, slots=True)

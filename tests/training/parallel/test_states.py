@@ -24,6 +24,7 @@ USES = {
     "resume": lambda manager: manager.resume(),
     "reset": lambda manager: manager.reset(),
     "scale": lambda manager: manager.scale(2),
+    "restart": lambda manager: manager.restart(0),
 }
 EACH_USE = pytest.mark.parametrize("use", USES.values(), ids=USES)
 
