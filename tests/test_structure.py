@@ -41,6 +41,9 @@ RANKS = {
     "observers": 5,  # the manager tells them; what they may import is a test of its own
     "training": 5,
     "testing": 6,
+    "": 6,  # the package itself, whose names lead into every room below
+    "doctor": 6,
+    "__main__": 7,
 }
 
 PUBLIC_NAMES = [
