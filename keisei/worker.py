@@ -59,8 +59,11 @@ class Experience:
     Attributes:
         data: Named tensors or NumPy arrays, on the CPU or a device, of any shape and dtype that
             torch has. They are copied once, into shared memory, before the next ``collect``.
+            Mappings of these, also TensorDicts, may be nested: ``{"next": {"obs": x}}`` arrives as
+            ``"next.obs"``.
         info: Small picklable values that travel with the batch.
-        num_steps: Environment steps in ``data``; ``None`` takes the largest leading dimension.
+        num_steps: Environment steps in ``data``; ``None`` takes the largest leading dimension, or
+            what the batch size of a TensorDict counts.
     """
 
     data: Mapping[str, Any]
@@ -116,7 +119,8 @@ class Worker:
         """Collect one experience.
 
         Returns:
-            An ``Experience``, or just a mapping of names to tensors or arrays.
+            An ``Experience``, or just its ``data``: a mapping of names to tensors or arrays, which
+            may be nested, or a TensorDict.
         """
         raise NotImplementedError(f"{type(self).__name__} must define collect()")
 

@@ -11,7 +11,7 @@ from typing import Any
 from keisei.child.frames import send
 from keisei.child.hooks import HookFailed
 from keisei.exceptions import QueueEnded
-from keisei.ipc import serialize
+from keisei.ipc import nested, serialize
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.layout import Layout
 from keisei.ipc.ring import RingWriter
@@ -60,7 +60,7 @@ class Delivery:
         """Copy what ``collect`` returned into shared memory and send the frame about it.
 
         Args:
-            result: An ``Experience``, or a mapping of tensors.
+            result: An ``Experience``, or a mapping of tensors, nested or not.
             version: The weights that it was collected with.
 
         Raises:
@@ -108,6 +108,9 @@ def peak_memory() -> int:
 
 def _num_steps(experience: Experience, layout: Layout) -> int:
     if experience.num_steps is None:
+        counted = nested.steps_of(experience.data)
+        if counted is not None:
+            return counted
         return max((field.shape[0] for field in layout.fields if field.shape), default=1)
     num_steps = operator.index(experience.num_steps)
     if num_steps < 0:

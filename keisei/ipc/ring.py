@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from keisei.ipc import memory, tensors
+from keisei.ipc import memory, nested, tensors
 from keisei.ipc.layout import ALIGNMENT, Layout
 from keisei.ipc.memory import PAGE, NotShared, round_up
 
@@ -93,7 +93,8 @@ class RingWriter:
         """Copy ``data`` into a free cell.
 
         Args:
-            data: Names to dense tensors on any device, or NumPy arrays.
+            data: Names to dense tensors on any device, or NumPy arrays, or mappings of these,
+                which are flattened (``nested.flatten``).
 
         Returns:
             The cell, and the descriptor of a new segment, which ``told`` closes once sent.
@@ -103,6 +104,9 @@ class RingWriter:
             OSError: There is no memory for another segment.
         """
         signature = tensors.signature_of(data)
+        if signature is None:
+            data = nested.flatten(data)
+            signature = tensors.signature_of(data)
         if signature is None or signature != self._signature:
             tensors.check(data)
             self._signature = [(name, value.dtype, value.shape) for name, value in data.items()]

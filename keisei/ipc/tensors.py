@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from keisei.ipc import nested
+
 
 def special_kind(tensor: torch.Tensor) -> str:
     """Return what keeps a tensor from being copied element by element, or ""."""
@@ -50,7 +52,7 @@ def check(data: Mapping[str, Any]) -> None:
     numpy = sys.modules.get("numpy")
     for name, value in data.items():
         if not isinstance(name, str):
-            raise TypeError(f"experience keys must be strings, not {name!r} ({_kind(name)})")
+            nested.refuse_key(name)
         if isinstance(value, torch.Tensor):
             kind = special_kind(value)
             if kind == "meta":

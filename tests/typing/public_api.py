@@ -158,6 +158,10 @@ async def pool(manager: ParallelManager, model: torch.nn.Module) -> None:
     async with manager:
         async for batch in manager.experiences():
             assert_type(batch, ExperienceBatch)
+            assert_type(batch["rewards"], torch.Tensor)
+            assert_type(batch["next", "rewards"], torch.Tensor)
+            assert_type(ExperienceBatch.cat([batch, batch], dim=1), ExperienceBatch)
+            assert_type(batch.to("cuda", non_blocking=True).pin_memory(), ExperienceBatch)
         assert_type(await manager.collect(min_steps=64, timeout=30), list[ExperienceBatch])
         assert_type(await manager.push_weights(model, wait=True, timeout=1.0), int)
         assert_type(await manager.push_weights(model.state_dict()), int)

@@ -1,0 +1,92 @@
+"""How several batches become one: their tensors, their info, and their provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+_MERGED: dict[str, Callable[[list[Any]], Any]] = {
+    "num_steps": sum,
+    "weights_version": min,
+    "staleness": max,
+}
+"""How the fields of several batches become one field, where they differ and it can be said."""
+
+
+def join_tensors(
+    parts: Sequence[Tensors], labels: Sequence[str], dim: int
+) -> dict[str, torch.Tensor]:
+    """Copy the tensors of several mappings into one new tensor for each name.
+
+    Args:
+        parts: Mappings with the same names; tensors of one name have the same dtype and device,
+            and the same shape but for ``dim``.
+        labels: What to call each part in an error.
+        dim: The dimension along which they are put one behind the other.
+
+    Raises:
+        ValueError: They do not fit; names each tensor and part.
+    """
+    first = parts[0]
+    problems = [
+        problem
+        for part, label in zip(parts[1:], labels[1:], strict=True)
+        for problem in _misfits(first, part, labels[0], label, dim)
+    ]
+    problems += [
+        f"{name} of shape {list(tensor.shape)} has no dimension {dim}"
+        for name, tensor in first.items()
+        if not -tensor.dim() <= dim < tensor.dim()
+    ]
+    if problems:
+        raise ValueError(f"batches cannot be joined along dim {dim}: {'; '.join(problems)}")
+    return {name: torch.cat([part[name] for part in parts], dim) for name in first}
+
+
+def _misfits(first: Tensors, part: Tensors, label: str, other: str, dim: int) -> list[str]:
+    """Say in which ways ``part`` does not fit the first one, a line for each."""
+    lines = [f"{other} has no {name}, which {label} has" for name in first if name not in part]
+    lines += [f"{other} has {name}, which {label} has not" for name in part if name not in first]
+    for name, tensor in part.items():
+        if name not in first:
+            continue
+        for what in ("dtype", "device"):
+            mine, theirs = getattr(first[name], what), getattr(tensor, what)
+            if mine != theirs:
+                lines.append(f"{name} has the {what} {mine} in {label} and {theirs} in {other}")
+        shapes = [list(first[name].shape), list(tensor.shape)]
+        if _without(shapes[0], dim) != _without(shapes[1], dim):
+            lines.append(f"{name} has the shape {shapes[0]} in {label} and {shapes[1]} in {other}")
+    return lines
+
+
+def _without(shape: list[int], dim: int) -> list[int | None]:
+    return [None if at in (dim, dim + len(shape)) else size for at, size in enumerate(shape)]
+
+
+def join_info(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the lists that every info has under the same key; other values stay with the parts."""
+    return {
+        key: [one for info in infos for one in info[key]]
+        for key in infos[0]
+        if all(isinstance(info.get(key), list) for info in infos)
+    }
+
+
+def join_field(name: str, values: Sequence[Any]) -> Any:
+    """Say in one value what several batches tell in a field of provenance.
+
+    Where they agree it is that value. Otherwise the oldest weights, the largest staleness, and -1
+    for other numbers; of mappings, each entry that all of them have, joined likewise.
+    """
+    values = list(values)
+    if name in _MERGED:
+        return _MERGED[name](values)
+    if all(isinstance(value, Mapping) for value in values):
+        common = [key for key in values[0] if all(key in value for value in values)]
+        return {key: min(value[key] for value in values) for key in common}
+    return values[0] if all(value == values[0] for value in values) else -1
