@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from keisei.testing.failpoints import Gate
 from keisei.worker import Worker, WorkerContext
 
 
@@ -271,3 +272,27 @@ class HangsInSetup(Worker):
 
     def collect(self) -> dict[str, torch.Tensor]:
         raise AssertionError("it never comes up")
+
+
+@contextlib.contextmanager
+def busy_threads() -> Iterator[None]:
+    """Have threads whose frames come and go all the time."""
+    stop = threading.Event()
+    spinning = [threading.Thread(target=_spin, args=(stop,)) for _ in range(2)]
+    for thread in spinning:
+        thread.start()
+    yield
+    stop.set()
+    for thread in spinning:
+        thread.join()
+
+
+def _spin(stop: threading.Event) -> None:
+    while not stop.is_set():
+        threading.Event().wait(1e-6)
+
+
+def stand_amid_threads(gate: Gate) -> str:
+    with busy_threads():
+        gate.hold()
+    return "sound"

@@ -54,7 +54,7 @@ class ForkedProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.number, signal.SIGKILL)
 
-    def dump_stacks(self) -> None:
+    def dump_stacks(self, *, all_threads: bool = False) -> None:
         self.send(STACKS_SIGNAL)
 
     def send(self, number: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from keisei.backends.process import WorkerProcess
 from keisei.backends.stderr import StderrTail
-from keisei.child.process import STACKS_SIGNAL
+from keisei.child.process import ALL_STACKS_SIGNAL, STACKS_SIGNAL
 from keisei.ipc.threads import aside
 
 _PROCESS_GROUP = 1 << 2
@@ -105,9 +105,9 @@ class LocalProcess:
         if not self.has_exited:
             self._ignoring_absence(os.killpg, self.pid, signal.SIGKILL)
 
-    def dump_stacks(self) -> None:
+    def dump_stacks(self, *, all_threads: bool = False) -> None:
         """Have it write its stacks into the crash file, even inside C code."""
-        self._signal(STACKS_SIGNAL)
+        self._signal(ALL_STACKS_SIGNAL if all_threads else STACKS_SIGNAL)
 
     def _signal(self, number: int) -> None:
         if self._pidfd is not None:

@@ -66,7 +66,7 @@ class InlineProcess:
         """Cancel the task."""
         self._task.cancel()
 
-    def dump_stacks(self) -> None:
+    def dump_stacks(self, *, all_threads: bool = False) -> None:
         """A task that does not move is suspended; ``crash_report`` shows where."""
 
     def crash_report(self) -> str:

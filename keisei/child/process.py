@@ -22,8 +22,14 @@ _F_SETSIG = 10
 _PR_SET_CHILD_SUBREAPER = 36
 
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
-"""Makes a worker write its stacks; chosen far from what applications use."""
-HELD_SIGNALS = {signal.SIGINT, STACKS_SIGNAL}
+"""Makes a worker write the stack of its main thread; chosen far from what applications use."""
+ALL_STACKS_SIGNAL = signal.SIGRTMAX - 4 if hasattr(signal, "SIGRTMAX") else STACKS_SIGNAL
+"""Makes a worker write the stacks of all its threads, which may crash it.
+
+The handler reads the frames of threads that run meanwhile. The kernel prefers the main thread for
+a signal, and a thread's own frames stand still while it handles one.
+"""
+HELD_SIGNALS = {signal.SIGINT, STACKS_SIGNAL, ALL_STACKS_SIGNAL}
 """Blocked from before a process exists until it can take them."""
 
 
@@ -48,9 +54,10 @@ def heed_signals(crash_fd: int) -> None:
     Otherwise it would inherit how the application itself handles SIGTERM.
     """
     faulthandler.enable(file=crash_fd, all_threads=True)
-    faulthandler.register(STACKS_SIGNAL, file=crash_fd, all_threads=True)
+    faulthandler.register(ALL_STACKS_SIGNAL, file=crash_fd, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, file=crash_fd, all_threads=False)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL, signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {STACKS_SIGNAL, ALL_STACKS_SIGNAL, signal.SIGTERM})
 
 
 def adopt_orphans() -> bool:

@@ -254,7 +254,9 @@ class Incarnation:
         try:
             await asyncio.wait(reasons, return_when="FIRST_COMPLETED")
             if exit_.done() or await self._bring_to_an_end(handle):
-                return await exit_
+                code = await exit_
+                self._account_for(code)
+                return code
             self.ended_for = (
                 ExitCause.ABANDONED,
                 f"process {handle.pid} is in state {handle.state()!r} and did not end by SIGKILL",
@@ -269,6 +271,15 @@ class Incarnation:
             handle.kill()  # also what is left of its process group
             if self._watch is not None:
                 self._watch.close()
+
+    def _account_for(self, code: int | None) -> None:
+        """Count a hung process as hung when a signal ended it before it was killed.
+
+        A process that writes the stacks of all its threads may crash.
+        """
+        hung = self._watch.hung if self._watch is not None else ""
+        if hung and self.ended_for is None and code is not None and code < 0:
+            self.ended_for = (ExitCause.HANG, hung)
 
     async def _bring_to_an_end(self, handle: ProcessHandle) -> bool:
         if self._condemned.is_set():

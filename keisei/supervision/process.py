@@ -33,8 +33,12 @@ class ProcessHandle(Protocol):
         """End it and all processes of its group (SIGKILL); also after its own end."""
         ...
 
-    def dump_stacks(self) -> None:
-        """Have it write all its Python stacks where ``crash_report`` finds them."""
+    def dump_stacks(self, *, all_threads: bool = False) -> None:
+        """Have it write its main thread's Python stack where ``crash_report`` finds it.
+
+        Args:
+            all_threads: The stacks of all its threads. It may crash then, where other threads run.
+        """
         ...
 
     def crash_report(self) -> str:

@@ -31,7 +31,11 @@ class Stall:
 
 
 class StallWatch:
-    """Watches one process, from its launch until it is gone."""
+    """Watches one process, from its launch until it is gone.
+
+    Attributes:
+        hung: How it has hung, once a deadline has passed, or "".
+    """
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class StallWatch:
         self._on_hung = on_hung
         self._taking: asyncio.TimerHandle | None = None
         self._started = clock()
+        self.hung = ""
         self._stacks = ""
         self._dumped = ""
         self._before_stall = ""
@@ -114,18 +119,22 @@ class StallWatch:
     def _suspect(self, stale: float) -> None:
         phase = self._phase()
         self._stacks, self._before_stall = "", self._handle.crash_report()
-        self._dump(lambda: self._on_stall(Stall(phase, stale, self._stacks, self._handle.state())))
+        self._dump(
+            lambda: self._on_stall(Stall(phase, stale, self._stacks, self._handle.state())),
+            all_threads=False,  # it may only be slow, and must not be harmed
+        )
 
     def _hung(self, stale: float) -> None:
         state = self._handle.state()
         detail = f"no progress in {self._phase()} for {stale:.1f} s"
         detail = f"{detail}, process state {state!r}" if state else detail
-        self._dump(lambda: self._on_hung(detail))
+        self.hung = detail
+        self._dump(lambda: self._on_hung(detail), all_threads=True)
 
-    def _dump(self, then: Callable[[], None]) -> None:
-        """Have all its stacks written, keep them, and go on unless it has ended meanwhile."""
+    def _dump(self, then: Callable[[], None], *, all_threads: bool) -> None:
+        """Have its stacks written, keep them, and go on unless it has ended meanwhile."""
         before = self._handle.crash_report()
-        self._handle.dump_stacks()
+        self._handle.dump_stacks(all_threads=all_threads)
 
         def take() -> None:
             if not self._handle.has_exited:

@@ -27,6 +27,8 @@ from keisei.backends.local import LocalBackend
 from keisei.child.process import STACKS_SIGNAL
 from keisei.events import ExitCause, Incident
 from keisei.exceptions import ManagerStateError, PoolExhausted, WorkerLost, WorkerStartError
+from keisei.testing.conformance.baseline import turn
+from keisei.testing.failpoints import Gate
 from keisei.testing.scenarios import fail_after, next_event
 from keisei.training.parallel.communication import WorkerCommunicator
 from keisei.training.parallel.factory import pickle_factory
@@ -120,6 +122,24 @@ async def test_a_request_for_stacks_does_not_kill_a_process_that_boots(make_mana
         report = manager._pool.supervisor.running(0).handle.crash_report()
         assert "File " in report
         await manager.stop()
+
+
+async def test_stacks_are_written_without_harm_to_a_busy_process(make_manager):
+    """A suspected worker whose threads run on is asked 2,000 times, and goes on."""
+    manager = make_manager(Obedient, num_workers=1)
+    async with fail_after(LIMIT), manager:
+        with Gate() as gate:
+            standing = asyncio.create_task(call(manager, backend_workers.stand_amid_threads, gate))
+            await gate.visitor()
+            handle = manager._pool.supervisor.running(0).handle
+            for _ in range(2000):
+                size = os.fstat(handle._crash_fd).st_size
+                handle.dump_stacks()
+                while os.fstat(handle._crash_fd).st_size == size and not handle.has_exited:
+                    await turn()
+            assert not handle.has_exited
+            gate.open()
+            assert await standing == "sound"
 
 
 # how they end

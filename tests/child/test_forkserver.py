@@ -34,11 +34,11 @@ def server(
     monkeypatch.setattr(process, "tie_to", os.dup)
     monkeypatch.setattr(generators, "remember", lambda: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    lifeline = os.open(os.devnull, os.O_RDONLY)
+    lifeline, application = os.pipe()
     made = _Server(pair[1], lifeline, -1)
     yield made
     made._selector.close()
-    for fd in (*made._own, lifeline):
+    for fd in (*made._own, lifeline, application):
         os.close(fd)
 
 

@@ -61,8 +61,8 @@ class FakeHandle:
     def kill(self) -> None:
         self._call("kill")
 
-    def dump_stacks(self) -> None:
-        self._call("dump_stacks")
+    def dump_stacks(self, *, all_threads: bool = False) -> None:
+        self._call("dump_all_stacks" if all_threads else "dump_stacks")
         self.report += self.dumps.pop(0) if self.dumps else self.dump
 
     def crash_report(self) -> str:

@@ -742,7 +742,23 @@ async def test_a_hung_worker_is_suspected_killed_and_replaced(hanging):
     assert incident.detail.startswith("no progress in collect for 0.1 s")
     assert incident.detail.endswith(", process state 'T'")
     assert incident.traceback == "stack of the stall"
-    assert old.calls == ["dump_stacks", "dump_stacks", "kill", "kill", "close"]
+    assert old.calls == ["dump_stacks", "dump_all_stacks", "kill", "kill", "close"]
+    await hanging.stop()
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"), [(-11, ExitCause.HANG), (-9, ExitCause.HANG), (3, ExitCause.EXIT)]
+)
+async def test_a_hung_worker_that_dies_of_the_dump_was_hung(hanging, code, cause):
+    """A signal that ends it after its deadline is the hang's; an exit of its own is not."""
+    hanging.crew.reacts["dump_all_stacks"] = code
+    await hanging.start()
+    hanging.crew.enter(0, Phase.COLLECT)
+    hanging.poke()
+    while not hanging.supervisor.incidents:
+        await turn()
+    (incident,) = hanging.supervisor.incidents
+    assert incident.cause is cause
     await hanging.stop()
 
 
@@ -801,14 +817,14 @@ async def test_a_stall_that_was_overcome_is_not_why_it_died_later(crew):
     await scene.start()
     handle = scene.handle()
     handle.dump = "an old stall\n"
-    scene.supervisor.running(0)._watch._dump(lambda: None)
+    scene.supervisor.running(0)._watch._dump(lambda: None, all_threads=False)
     await turn()
     handle.report += "Fatal Python error: Aborted"
     handle.exit(-6)
     await turn()
     assert scene.supervisor.incidents[0].traceback == "Fatal Python error: Aborted"
     handle = scene.handle()
-    scene.supervisor.running(0)._watch._dump(lambda: None)
+    scene.supervisor.running(0)._watch._dump(lambda: None, all_threads=False)
     await turn()
     handle.exit(-9)
     await turn()

@@ -131,7 +131,7 @@ class Stateless(ForkedProcess):
 
 
 class KeepsStacks(ForkedProcess):
-    def dump_stacks(self) -> None:
+    def dump_stacks(self, *, all_threads: bool = False) -> None:
         pass
 
 
