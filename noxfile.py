@@ -97,6 +97,14 @@ def stress(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def mutation(session: nox.Session) -> None:
+    """Break the guarantees on purpose, one after the other: ``-- --breaks [NAME ...]``."""
+    install(session, "test")
+    arguments = [argument for argument in session.posargs if argument != "--breaks"]
+    session.run("python", "tests/breaks/run.py", *arguments)
+
+
+@nox.session(default=False)
 def refused(session: nox.Session) -> None:
     """Run the tests where the kernel refuses pidfds, memfds, seals and fallocate."""
     install(session, "test")

@@ -16,6 +16,8 @@ import time
 from collections.abc import Container
 from pathlib import Path
 
+from keisei.ipc.ancestry import parent_of
+
 _TRACKER = b"multiprocessing.resource_tracker"
 TRACKER_PATIENCE = 2.0
 """Seconds that multiprocessing's resource tracker has to unlink what its process left named."""
@@ -27,7 +29,7 @@ def children() -> set[int]:
     try:
         tasks = [(entry / "children").read_bytes() for entry in Path(f"/proc/{own}/task").iterdir()]
     except OSError:  # a kernel without these files
-        return {pid for pid in _processes() if _parent(pid) == own}
+        return {pid for pid in _processes() if parent_of(pid) == own}
     return {int(pid) for task in tasks for pid in task.split()}
 
 
@@ -36,13 +38,6 @@ def _processes() -> list[int]:
         return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     except OSError:
         return []
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except (OSError, IndexError):
-        return 0  # it has ended in between
 
 
 class Orphans:

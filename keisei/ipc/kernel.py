@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from keisei.ipc import ancestry
+
 REFUSALS = frozenset(
     {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 )
@@ -75,7 +77,7 @@ def open_nameless(name: str) -> int:
     if has_memfd():
         flags = os.MFD_CLOEXEC | getattr(os, "MFD_ALLOW_SEALING", 0x2)
         return os.memfd_create(name, flags)
-    fd, path = tempfile.mkstemp(prefix=f"{name}-")
+    fd, path = tempfile.mkstemp(prefix=ancestry.prefix(name))
     Path(path).unlink()
     return fd
 

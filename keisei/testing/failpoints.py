@@ -38,6 +38,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from keisei.child.process import Inherited
+from keisei.ipc import ancestry
 from keisei.worker import Worker, WorkerContext
 
 ARM = "keisei.testing.arm"
@@ -305,7 +306,7 @@ class Gate:
         if sys.platform == "linux":
             self._address = f"\0{name}"  # a name that no file system has
         else:
-            self._folder = tempfile.mkdtemp(prefix="keisei-gate-")
+            self._folder = tempfile.mkdtemp(prefix=ancestry.prefix("keisei-gate"))
             self._address = str(Path(self._folder) / "gate")
         self._listener.setblocking(False)
         self._listener.bind(self._address)

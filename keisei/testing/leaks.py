@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from keisei.backends.forkserver import server
 from keisei.backends.lifeline import lifeline
+from keisei.ipc import ancestry
 from keisei.ipc.kernel import has_pidfd
 
 _PATIENCE = 2.0
@@ -50,7 +51,8 @@ class Resources:
         descriptors: Open files, by what they refer to.
         threads: Python threads.
         tasks: Unfinished asyncio tasks of the running loop, without the current one.
-        files: Entries of /dev/shm and the directory for temporary files that are named by keisei.
+        files: Entries of /dev/shm and the directory for temporary files that are named by keisei,
+            unless their name, their owner or who has them open says that they are a stranger's.
     """
 
     children: Counter[str]
@@ -186,7 +188,27 @@ def _tasks() -> list[str]:
 
 def _files() -> list[str]:
     folders = {Path("/dev/shm"), Path(tempfile.gettempdir())}  # noqa: S108 - it is looked at only
-    return [str(path) for folder in folders for path in folder.glob(_OURS)]
+    found = [path for folder in folders for path in folder.glob(_OURS)]
+    return [str(path) for path in found if not _is_a_strangers(path)]
+
+
+def _is_a_strangers(path: Path) -> bool:
+    """Return whether something was made by neither this process nor a descendant of it.
+
+    The names that the library gives tell that. Of any other entry of this user's it is known only
+    while a process that is no descendant has it open.
+    """
+    belongs = ancestry.belongs_to(path.name, os.getpid())
+    if belongs is not None:
+        return not belongs
+    try:
+        if path.lstat().st_uid != os.getuid():
+            return True
+    except OSError:
+        return True  # it has just gone
+    ours = {os.getpid(), *children()}
+    others = [pid for pid, _ in _processes() if pid not in ours]
+    return any(target == str(path) for pid in others for target in _targets(pid))
 
 
 def has_ended(pid: int) -> bool:

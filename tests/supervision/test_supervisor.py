@@ -715,6 +715,19 @@ async def test_an_error_of_the_crew_ends_the_pool_and_is_not_hidden(crew):
     await scene.stop()
 
 
+async def test_the_first_of_two_failures_is_the_one_that_is_raised(crew):
+    """What fails because the pool has failed is not why it has; it is told once that it has."""
+    scene = Scene(crew)
+    await scene.start()
+    scene.handle().reacts["ask"] = 0
+    scene.supervisor.fail(ZeroDivisionError("the cause"))
+    scene.supervisor.fail(KeyError("a consequence"))
+    with pytest.raises(ZeroDivisionError, match="the cause"):
+        await scene.supervisor.wait_settled()
+    assert scene.told("on_failed") == [("on_failed",)]
+    await scene.stop()
+
+
 # hangs and doubts
 
 

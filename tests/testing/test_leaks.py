@@ -16,7 +16,7 @@ import pytest
 
 from keisei.backends.lifeline import lifeline
 from keisei.ipc import memory
-from keisei.testing.leaks import Resources, check_no_leaks, children
+from keisei.testing.leaks import Resources, check_no_leaks, children, has_ended
 
 WAIT = "import sys; sys.stdin.read()"
 
@@ -141,6 +141,71 @@ def test_a_file_of_ours_is_found():
         lines = Resources.now().beyond(before)
         assert f"1 × files: {file.name}" in lines
     assert Resources.now().beyond(before) == []
+
+
+STRANGER = """
+import os, sys, tempfile
+before = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == before:
+    os.sched_yield()
+from keisei.ipc import ancestry
+prefix = ancestry.prefix("keisei-x") if sys.argv[1] == "named" else "keisei-x"
+file = tempfile.NamedTemporaryFile(prefix=prefix)
+print(os.getpid(), file.name, flush=True)
+sys.stdin.read()
+"""
+"""A process whose parent has gone, as any other program of this machine, makes a file."""
+
+
+@pytest.mark.parametrize("how", ["named", "open"])
+def test_a_file_of_a_stranger_is_not_found(how):
+    """Its name says whose it is, also when its maker has ended; any other is its opener's."""
+    command = [sys.executable, "-c", STRANGER, how]
+    with check_no_leaks():
+        before = Resources.now()
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        process.wait(30)
+        pid, _, name = process.stdout.readline().strip().partition(" ")
+        assert Path(name).exists()
+        assert Resources.now().files == before.files
+        if how == "named":
+            os.kill(int(pid), signal.SIGKILL)
+            while not has_ended(int(pid)):
+                os.sched_yield()
+            assert Path(name).exists()
+            assert Resources.now().files == before.files
+            Path(name).unlink()
+        process.stdin.close()
+        process.stdout.read()
+        process.stdout.close()
+    assert not Path(name).exists()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_file_of_a_descendant_is_found(ends):
+    """Also when its maker, and the process that has started it, have ended."""
+    program = (
+        "import os, sys, tempfile\n"
+        "from keisei.ipc import ancestry\n"
+        "if os.fork(): os.wait(); sys.stdin.read(); os._exit(0)\n"
+        "print(tempfile.mkdtemp(prefix=ancestry.prefix('keisei-x')), flush=True)\n"
+        "os._exit(0)\n"
+    )
+    before = Resources.now()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        name = process.stdout.readline().strip()
+        if ends:
+            process.stdin.close()
+            process.wait(30)
+        found = Resources.now().files - before.files
+    Path(name).rmdir()
+    assert found == {name: 1}
 
 
 def test_everything_left_is_listed_in_the_error():

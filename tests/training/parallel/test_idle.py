@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ from keisei.testing.scenarios import fail_after
 WORKERS = pytest.mark.parametrize("worker", [pool_workers.Counting, pool_workers.Coroutine])
 WINDOW = 2000
 """Commands to another worker: half a second or more, in which ten looks a second would show."""
+WORK = "sum(range(20_000_000))"
+"""What another process computes meanwhile: half a second or more, too."""
 TOLERATED = 2
 """Times that a process goes to sleep and was not yet asleep when the window began."""
 
@@ -60,3 +66,37 @@ async def test_an_idle_worker_does_not_wake_up(make_manager, worker, state):
         assert after[1] == before[1]
         while wake_ups(pid) == after[0]:  # what wakes it up is counted
             assert await manager.send_command("worker_id", worker_ids=[1]) == {1: 1}
+
+
+async def end_of(process):
+    """Wait, without a timer, until a process has closed its standard output."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(process.stdout, ended.set)
+    await ended.wait()
+    loop.remove_reader(process.stdout)
+
+
+@pytest.fixture
+def stranger():
+    """Return what starts a process that computes for a while, and then ends."""
+    with contextlib.ExitStack() as started:
+        command = [sys.executable, "-S", "-c", WORK]
+        yield lambda: started.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+
+
+@pytest.mark.parametrize("state", ["paused", "without credit"])
+@WORKERS
+async def test_an_idle_application_does_not_wake_up(make_manager, stranger, worker, state):
+    """Its loop and every other thread sleep, but for a last look at each worker's progress."""
+    config = {"num_workers": 3, "max_queue_size": 16}
+    async with fail_after(60), make_manager(worker, **config) as manager:
+        await manager.collect(min_steps=200)
+        if state == "paused":
+            await manager.pause()
+        else:
+            await until_full(manager)
+        await manager.send_command("echo")
+        process = stranger()
+        before = wake_ups("self")
+        await end_of(process)
+        assert wake_ups("self") - before <= TOLERATED + config["num_workers"]

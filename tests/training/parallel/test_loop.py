@@ -219,9 +219,10 @@ class Telling(torch.Tensor):
 
 
 async def test_large_weights_are_copied_in_another_thread(make_manager, monkeypatch):
-    """So is their memory reserved; small ones are copied in the loop's, which is faster."""
+    """So are many, and so is memory reserved; a few small ones are copied in the loop's, faster."""
     here = threading.get_ident()
     large = {"w": torch.ones(16 * MIB).as_subclass(Telling)}
+    many = {f"w{number}": torch.ones(1).as_subclass(Telling) for number in range(2000)}
     small = {"w": torch.ones(4000).as_subclass(Telling)}
     reserved = set()
     reserve = os.posix_fallocate
@@ -233,7 +234,7 @@ async def test_large_weights_are_copied_in_another_thread(make_manager, monkeypa
 
     monkeypatch.setattr(os, "posix_fallocate", tell_and_reserve)
     async with fail_after(60):
-        for tensors, threads_are_others in ((large, True), (small, False)):
+        for tensors, threads_are_others in ((large, True), (many, True), (small, False)):
             async with make_manager(pool_workers.Counting) as manager:
                 Telling.threads.clear()
                 for version in (1, 2, 3):
