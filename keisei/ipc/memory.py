@@ -19,11 +19,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from keisei.ipc import forks, kernel
+from keisei.ipc import forks, kernel, room
 
 PAGE = mmap.PAGESIZE
 _OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors that tell of this process's limits; any other error is about the descriptor."""
+_LARGE = 1 << 26
+"""Bytes from which on there must be room: reading how much costs a hundredth of reserving it."""
 _SLOW_TO_UNMAP = 1 << 23
 """Bytes from which on a mapping is unmapped in a thread."""
 
@@ -56,6 +58,8 @@ def create(size: int, name: str = "keisei", *, writable: bool = True) -> tuple[i
     size = max(round_up(size, PAGE), PAGE)
     fd = kernel.open_nameless(name)
     try:
+        if size >= _LARGE:
+            _look_for_room(size)
         if kernel.can_reserve():
             os.posix_fallocate(fd, 0, size)
         else:
@@ -71,6 +75,13 @@ def create(size: int, name: str = "keisei", *, writable: bool = True) -> tuple[i
         if isinstance(error, OSError):
             raise _with_size(error, size) from error
         raise
+
+
+def _look_for_room(size: int) -> None:
+    """Refuse what would have the kernel end other processes for want of memory."""
+    free = room.available()
+    if free is not None and size > free:
+        raise OSError(errno.ENOMEM, f"{os.strerror(errno.ENOMEM)}: {free:,} bytes are available")
 
 
 def _with_size(error: OSError, size: int) -> OSError:

@@ -15,7 +15,7 @@ import torch
 
 import ipc_helpers
 from ipc_helpers import open_fds, process
-from keisei.ipc import kernel, memory
+from keisei.ipc import kernel, memory, room
 from keisei.ipc.memory import PAGE, NotShared, round_up
 
 SEALS = pytest.mark.skipif(not kernel.can_seal(), reason="needs seals")
@@ -240,9 +240,22 @@ def test_what_is_no_memory_is_refused(size):
         memory.attach(pipe[0], size)
 
 
+def test_what_the_machine_has_not_is_refused_before_it_is_reserved(monkeypatch, probed_anew):
+    """The kernel would end processes of others first; the error tells both sizes."""
+    kernel.capabilities()
+    before = open_fds()
+    reserved: list[int] = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: reserved.append(size))
+    monkeypatch.setattr(room, "available", lambda: 123_456_789)
+    with pytest.raises(OSError, match=r"memory: 123,456,789 .*\(1,073,741,824 bytes of shared"):
+        memory.create(1 << 30)
+    assert (reserved, open_fds()) == ([], before)
+
+
 def test_an_error_says_how_much_was_asked_for(monkeypatch, probed_anew):
     """Memory that cannot be had is told with its size."""
     kernel.capabilities()  # asked before the system refuses
+    monkeypatch.setattr(room, "available", lambda: None)
     before = open_fds()
 
     def refuse(*_):
