@@ -21,7 +21,7 @@ nox.options.reuse_venv = "no"
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
-EXTRAS = ("gymnasium", "progress", "testing", "examples")
+EXTRAS = ("gymnasium", "progress", "tensordict", "testing", "examples")
 
 
 def install(session: nox.Session, *groups: str, extras: tuple[str, ...] = EXTRAS) -> None:

@@ -88,6 +88,8 @@ EXTRAS_AT_HOME = {
     "keisei.testing.pytest_plugin": {"pytest"},
     "keisei.observers.progress": {"rich"},
     "keisei.training.spaces": {"gymnasium", "numpy"},
+    "keisei.training.parallel.batch": {"tensordict"},
+    "keisei.training.parallel.tensordicts": {"tensordict"},
 }
 
 
@@ -323,7 +325,8 @@ def test_every_public_name_works_without_any_extra():
     """The package imports where neither Gymnasium, NumPy nor rich is installed."""
     program = (
         "import sys\n"
-        "for name in ('gymnasium', 'numpy', 'rich', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('gymnasium', 'numpy', 'rich', 'matplotlib', 'tensordict'):\n"
+        "    sys.modules[name] = None\n"
         "import keisei, keisei.observers.log\n"
         "for name in keisei.__all__: getattr(keisei, name)\n"
     )
@@ -378,7 +381,7 @@ def test_every_dependency_is_used(project):
 def test_what_the_extras_install_is_declared(project):
     """Each module with an extra of its own has it declared."""
     extras = project["optional-dependencies"]
-    assert set(extras) == {"gymnasium", "progress", "testing", "examples"}
+    assert set(extras) == {"gymnasium", "progress", "tensordict", "testing", "examples"}
     declared = set().union(*(names_in(one) for one in extras.values()))
     assert set().union(*EXTRAS_AT_HOME.values()) - declared == set()
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from keisei.naming import public
 from keisei.protocol.batches import PendingBatch
 from keisei.training.parallel.joining import join_field, join_info, join_tensors
+from keisei.training.parallel.tensordicts import make_tensordict, make_transitions
 
 if TYPE_CHECKING:
     import torch
+    from tensordict import TensorDict
+
+_NOT_OF_A_ROW = {"data", "info", "num_steps", "parts"}
 
 
 @public
@@ -143,6 +147,50 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
             RuntimeError: There is no accelerator that knows of such memory.
         """
         return self._with(lambda tensor: tensor.pin_memory())
+
+    def to_tensordict(
+        self,
+        keys: Literal["own", "torchrl"] = "own",
+        *,
+        batch_size: Sequence[int] | None = None,
+        provenance: bool = True,
+    ) -> TensorDict:
+        """Return the tensors as a ``TensorDict``, nested by the dots in their names.
+
+        They are the same tensors, in the same memory. ``info`` stays here.
+
+        Args:
+            keys: ``"own"`` keeps the names. ``"torchrl"`` gives the tensors of a rollout the keys
+                that torchrl's losses, ``GAE`` and buffers look for: ``observations`` becomes
+                ``"observation"``, ``rewards`` ``("next", "reward")`` of shape ``[T, N, 1]``, and
+                so on (``keisei.training.parallel.tensordicts.TORCHRL_KEYS``); it names the first
+                dimension ``"time"`` and adds ``("next", "done")``. What belongs to a rollout and
+                not to its steps is left out: ``states``, ``legal_actions``, ``legal_offsets``.
+            batch_size: Leading dimensions that every tensor has. By default those that all share,
+                up to where they count ``num_steps`` (``"own"``), or those of ``rewards``
+                (``"torchrl"``).
+            provenance: Whether to add ``("provenance", "worker_id")``, ``"weights_version"``,
+                ``"staleness"`` and the like, each ``int64`` and of the batch size, so that
+                rows tell where they come from also in a replay buffer. To keep them apart, join
+                TensorDicts rather than batches.
+
+        Raises:
+            ImportError: tensordict is not installed: ``pip install "keisei[tensordict]"``.
+            ValueError: The tensors have not the batch size, or their names cannot be nested; says
+                which.
+        """
+        told = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if provenance and field.name not in _NOT_OF_A_ROW
+        }
+        if keys == "torchrl":
+            return make_transitions(self.data, batch_size=batch_size, provenance=told)
+        if keys != "own":
+            raise ValueError(f'keys = {keys!r}: must be "own" or "torchrl"')
+        return make_tensordict(
+            self.data, batch_size=batch_size, num_steps=self.num_steps, provenance=told
+        )
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> ExperienceBatch:
         changed = {name: change(tensor) for name, tensor in self.data.items()}
