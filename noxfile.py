@@ -22,6 +22,18 @@ nox.options.reuse_venv = "no"
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 EXTRAS = ("gymnasium", "progress", "tensordict", "testing", "examples")
+EXTRAS = (
+    "gymnasium",
+    "progress",
+    "testing",
+    "examples",
+    "mlflow",
+    "opentelemetry",
+    "prometheus",
+    "structlog",
+    "tensorboard",
+    "wandb",
+)
 
 
 def install(session: nox.Session, *groups: str, extras: tuple[str, ...] = EXTRAS) -> None:
@@ -67,7 +79,7 @@ def typing(session: nox.Session) -> None:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Solve CartPole with two supervised workers, one of which is killed on the way."""
-    install(session)
+    install(session, extras=("examples",))
     session.run("python", "examples/train_cartpole.py", *session.posargs)
 
 

@@ -86,10 +86,23 @@ PUBLIC_NAMES = [
 # Modules that may import what only an extra installs, and the distributions that they may import.
 EXTRAS_AT_HOME = {
     "keisei.testing.pytest_plugin": {"pytest"},
+    "keisei.observers.mlflow": {"mlflow"},
+    "keisei.observers.opentelemetry": {"opentelemetry"},
     "keisei.observers.progress": {"rich"},
+    "keisei.observers.prometheus": {"prometheus_client"},
+    "keisei.observers.structlog": {"structlog"},
+    "keisei.observers.tensorboard": {"tensorboard"},
+    "keisei.observers.wandb": {"wandb"},
     "keisei.training.spaces": {"gymnasium", "numpy"},
     "keisei.training.parallel.batch": {"tensordict"},
     "keisei.training.parallel.tensordicts": {"tensordict"},
+}
+
+# Distributions that are called otherwise than the package that they install.
+DISTRIBUTIONS = {
+    "mlflow": "mlflow-skinny",
+    "opentelemetry": "opentelemetry-api",
+    "prometheus_client": "prometheus-client",
 }
 
 
@@ -381,9 +394,22 @@ def test_every_dependency_is_used(project):
 def test_what_the_extras_install_is_declared(project):
     """Each module with an extra of its own has it declared."""
     extras = project["optional-dependencies"]
-    assert set(extras) == {"gymnasium", "progress", "tensordict", "testing", "examples"}
+    assert sorted(extras) == [
+        "examples",
+        "gymnasium",
+        "mlflow",
+        "opentelemetry",
+        "progress",
+        "prometheus",
+        "structlog",
+        "tensorboard",
+        "tensordict",
+        "testing",
+        "wandb",
+    ]
     declared = set().union(*(names_in(one) for one in extras.values()))
-    assert set().union(*EXTRAS_AT_HOME.values()) - declared == set()
+    imported = set().union(*EXTRAS_AT_HOME.values())
+    assert {DISTRIBUTIONS.get(name, name) for name in imported} - declared == set()
 
 
 def test_the_installed_package_is_the_one_that_is_tested():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import reprlib
+from typing import Any
 
 from keisei.events import (
     Event,
@@ -32,7 +33,9 @@ class LogObserver:
     Failures of workers are warnings, given-up slots errors, and a failure of the whole pool is
     critical. Starts, ends, pauses and changes of size are "info"; updates and weights are "debug".
     The first line of a record is a summary; tracebacks, stacks and standard error follow below it.
-    The event itself is the record's attribute ``event``, for structured handlers.
+    The event itself is the record's attribute ``event``. Its fields are attributes too, for
+    structured handlers and formatters, as ``to_dict()`` has them: ``worker_id``, ``metrics``,
+    ``incident`` …; its type is ``event_type``.
 
     Args:
         logger: Where to write; ``None`` is the logger "keisei".
@@ -45,7 +48,17 @@ class LogObserver:
         """Write ``event`` if its level is enabled."""
         level, text = describe(event)
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, "%s", text, extra={"event": event})
+            self._logger.log(level, "%s", text, extra={**_fields_of(event), "event": event})
+
+
+_RESERVED = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+"""Attributes of a record that are logging's own."""
+
+
+def _fields_of(event: Event) -> dict[str, Any]:
+    fields = event.to_dict()
+    fields["event_type"] = fields.pop("type")
+    return {name: value for name, value in fields.items() if name not in _RESERVED}
 
 
 def describe(event: Event) -> tuple[int, str]:

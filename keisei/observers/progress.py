@@ -15,7 +15,7 @@ try:
     from rich.text import Text
 except ImportError as error:
     raise ImportError(
-        "keisei.observers.progress needs rich: pip install 'keisei[progress]'"
+        'keisei.observers.progress needs rich: pip install "keisei[progress]"'
     ) from error
 
 from keisei.events import (

@@ -265,5 +265,5 @@ def test_without_rich_the_error_says_what_to_install():
     )
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == (
-        "ImportError: keisei.observers.progress needs rich: pip install 'keisei[progress]'"
+        'ImportError: keisei.observers.progress needs rich: pip install "keisei[progress]"'
     )
