@@ -25,7 +25,7 @@ PAGE = mmap.PAGESIZE
 _OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Errors that tell of this process's limits; any other error is about the descriptor."""
 _LARGE = 1 << 26
-"""Bytes from which on there must be room: reading how much costs a hundredth of reserving it."""
+"""Bytes from which on there must be room: to read how much costs little beside reserving it."""
 _SLOW_TO_UNMAP = 1 << 23
 """Bytes from which on a mapping is unmapped in a thread."""
 

@@ -57,6 +57,14 @@ V1 = {
             150_000,
         ),
         (
+            {
+                "cgroup": "4:memory:/\n",
+                "fs/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "fs/memory/memory.usage_in_bytes": "900\n",
+            },
+            None,
+        ),
+        (
             {"cgroup": "0::/\n", "fs/memory.max": "10", "fs/memory.current": "900"},
             0,
         ),
