@@ -177,8 +177,9 @@ class _Server:
         try:
             yield
         finally:
-            os.close(stop)
+            os.write(stop, b"!")  # to close it is not enough: an import may have forked a copy
             thread.join()  # no thread is there at a fork
+            os.close(stop)
             os.close(stopped)
             faulthandler.cancel_dump_traceback_later()
 

@@ -188,6 +188,31 @@ def test_an_application_that_forgets_to_stop(tmp_path, way):
         application.wait_all_gone([])
 
 
+# Runs a pool whose fork server preloads a module that forks, and tells the pids of the workers.
+PRELOADING = """
+    import asyncio, json
+    import backend_workers
+    from keisei import ParallelManager
+
+    async def main():
+        config = {"num_workers": 2, "preload": ["forking_import"]}
+        async with ParallelManager(backend_workers.Obedient, config=config) as manager:
+            await manager.collect(min_steps=4)
+            print(json.dumps([info.pid for info in manager.workers]), flush=True)
+
+    if __name__ == "__main__":
+        asyncio.run(main())
+"""
+
+
+def test_a_module_that_forks_at_its_import_may_be_preloaded(tmp_path):
+    """The copy of the fork server that stays holds up no start, and goes at the end."""
+    with Application(tmp_path, PRELOADING) as application:
+        assert len(set(application.hear())) == 2
+        assert application.wait() == 0
+        application.wait_all_gone([])
+
+
 # Runs pools under both methods, and tells before, between and after what is its own.
 POLITE = """
     import asyncio, json, multiprocessing, os, signal, sys, threading
