@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from keisei.training.action_heads import make_action_head
+from keisei.training.encoding import ACTION_MASK, Encoder, without_action_mask
+from keisei.training.legal_actions import LegalActions
 from keisei.training.rollouts import Observations
-from keisei.training.spaces import (
-    Box,
-    Discrete,
-    MultiDiscrete,
-    Space,
-    observation_leaves,
-)
+from keisei.training.sampling import Allowed, one_of
+from keisei.training.spaces import Space
+from keisei.training.twin_layers import TwinNetwork, output_layer
 
 
 @runtime_checkable
@@ -32,6 +27,10 @@ class Policy(Protocol):
 
     def act(self, observations: Observations) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sample actions.
+
+        Where a feature is on, its keyword is passed too, and the policy must take it: masks as
+        ``action_mask`` or ``legal_actions``, and ``deterministic`` in evaluations; see
+        ``ActorCritic.act``.
 
         Returns:
             Actions ``[B, *action_shape]`` that the action space holds (those for a ``Box`` may
@@ -56,9 +55,14 @@ class ActorCritic(nn.Module):
     The two networks share no weights, but their hidden layers have the same sizes and run as one
     batched product, since with networks of this size the number of calls is what costs.
 
+    A ``Dict`` observation with a key ``"action_mask"`` that fits the action space is not part of
+    the network's input: it is the mask wherever none is passed. The weights are the same whether
+    the observation space has that key or not.
+
     Args:
         observation_space: Of one environment: whatever ``GymnasiumWorker`` supports.
-        action_space: Of one environment: ``Discrete``, ``MultiDiscrete`` or a ``Box`` of floats.
+        action_space: Of one environment: ``Discrete``, ``MultiDiscrete``, ``MultiBinary`` or a
+            ``Box`` of floats.
         hidden_sizes: Units of the hidden layers, of the actor and of the critic alike.
 
     Raises:
@@ -73,18 +77,46 @@ class ActorCritic(nn.Module):
         hidden_sizes: Sequence[int] = (64, 64),
     ) -> None:
         super().__init__()
-        self._encoder = _Encoder(observation_space)
         self.head = make_action_head(action_space)
+        observation_space, self._has_mask = without_action_mask(observation_space, self.head)
+        self._encoder = Encoder(observation_space)
         sizes = [self._encoder.size, *hidden_sizes]
-        layers = [(_TwinLinear(*pair), nn.Tanh()) for pair in pairwise(sizes)]
-        self.hidden = nn.Sequential(*chain.from_iterable(layers))
-        self.actor_output = _output_layer(sizes[-1], self.head.num_inputs, gain=0.01)
-        self.critic_output = _output_layer(sizes[-1], 1, gain=1.0)
+        self.hidden = TwinNetwork(sizes)
+        self.actor_output = output_layer(sizes[-1], self.head.num_inputs, gain=0.01)
+        self.critic_output = output_layer(sizes[-1], 1, gain=1.0)
 
-    def act(self, observations: Observations) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sample actions from torch's global generator; see ``Policy.act``."""
+    def act(
+        self,
+        observations: Observations,
+        *,
+        deterministic: bool = False,
+        action_mask: torch.Tensor | None = None,
+        legal_actions: LegalActions | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sample actions from torch's global generator; see ``Policy.act``.
+
+        Args:
+            observations: ``[B, *shape]``, or a mapping of such tensors.
+            deterministic: Take the likeliest actions: the mean for a ``Box``, the first of several
+                that are equally likely.
+            action_mask: ``bool [B, n]``, true where an action is allowed, n being the number of
+                logits: that of a ``Discrete`` space's actions, or the sum of ``nvec``, part by part
+                in its order. Actions, log-probabilities and entropies are those of the distribution
+                over allowed actions alone.
+            legal_actions: The same as lists of indices, for ``Discrete`` spaces with very many.
+
+        Raises:
+            ValueError: The network's outputs are not finite, as after a step that was too large, or
+                no action is allowed in some row, or a mask does not fit.
+        """
         outputs, values = self(observations)
-        actions, log_probs = self.head.sample(outputs)
+        if action_mask is None and legal_actions is None and not self._has_mask:
+            actions, log_probs = self.head.sample(outputs, deterministic=deterministic)
+        else:
+            allowed = self._allowed(observations, action_mask, legal_actions)
+            actions, log_probs = self.head.sample(
+                outputs, deterministic=deterministic, allowed=allowed
+            )
         return actions, log_probs, values
 
     def value(self, observations: Observations) -> torch.Tensor:
@@ -93,20 +125,32 @@ class ActorCritic(nn.Module):
         return values
 
     def evaluate(
-        self, observations: Observations, actions: torch.Tensor
+        self,
+        observations: Observations,
+        actions: torch.Tensor,
+        *,
+        action_mask: torch.Tensor | None = None,
+        legal_actions: LegalActions | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Judge actions that were taken, with gradients, for the learner.
 
         Args:
             observations: ``[B, *shape]``, or a mapping of such tensors.
             actions: ``[B, *action_shape]`` as ``act`` returned them.
+            action_mask: As ``act`` was given it.
+            legal_actions: As ``act`` was given them.
 
         Returns:
             Log-probabilities, entropies and values, each ``[B]``. Log-probability and entropy of
-            an action with several parts are the sums over the parts.
+            an action with several parts are the sums over the parts. An action that is not allowed
+            has the log-probability minus infinity.
+
+        Raises:
+            ValueError: Nothing is allowed in some row, or a mask does not fit.
         """
         outputs, values = self(observations)
-        log_probs, entropies = self.head.evaluate(outputs, actions)
+        allowed = self._allowed(observations, action_mask, legal_actions)
+        log_probs, entropies = self.head.evaluate(outputs, actions, allowed=allowed)
         return log_probs, entropies, values
 
     def forward(self, observations: Observations) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,63 +159,13 @@ class ActorCritic(nn.Module):
         actor, critic = self.hidden(features.expand(2, -1, -1)).unbind()
         return self.actor_output(actor), self.critic_output(critic).squeeze(-1)
 
-
-class _TwinLinear(nn.Module):
-    """One linear layer of the actor and one of the critic: ``[2, B, inputs]`` to ``outputs``."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(2, 1, outputs))
-        for weight in self.weight.unbind():
-            nn.init.orthogonal_(weight, math.sqrt(2))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, inputs, self.weight)
-
-
-def _output_layer(inputs: int, outputs: int, *, gain: float) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class _Encoder:
-    """Turns observations of any supported space into one ``float32`` vector each."""
-
-    def __init__(self, space: Space[Any]) -> None:
-        self._leaves = observation_leaves(space)
-        self.size = sum(_encoded_size(leaf.space) for leaf in self._leaves)
-        only = self._leaves[0].space
-        self._is_plain = len(self._leaves) == 1 and isinstance(only, Box) and len(only.shape) == 1
-
-    def __call__(self, observations: Observations) -> torch.Tensor:
-        """Encode ``[..., *shape]`` as ``[..., size]``."""
-        if isinstance(observations, Mapping):
-            parts = [_encode(observations[leaf.path], leaf.space) for leaf in self._leaves]
-            return torch.cat(parts, dim=-1)
-        if self._is_plain:
-            return observations.float()
-        return _encode(observations, self._leaves[0].space)
-
-
-def _encoded_size(space: Space[Any]) -> int:
-    if isinstance(space, Discrete):
-        return int(space.n)
-    if isinstance(space, MultiDiscrete):
-        return int(space.nvec.sum())
-    return math.prod(space.shape or ())
-
-
-def _encode(tensor: torch.Tensor, space: Space[Any]) -> torch.Tensor:
-    if isinstance(space, Discrete):
-        return functional.one_hot(tensor.long() - int(space.start), int(space.n)).float()
-    shape = space.shape or ()
-    flat = tensor.reshape(*tensor.shape[: tensor.dim() - len(shape)], math.prod(shape))
-    if isinstance(space, MultiDiscrete):
-        digits = (flat.long() - torch.from_numpy(space.start).flatten().to(flat.device)).unbind(-1)
-        sizes = space.nvec.flatten().tolist()
-        parts = [functional.one_hot(d, n).float() for d, n in zip(digits, sizes, strict=True)]
-        return torch.cat(parts, dim=-1)
-    return flat.float()
+    def _allowed(
+        self,
+        observations: Observations,
+        action_mask: torch.Tensor | None,
+        legal_actions: LegalActions | None,
+    ) -> Allowed | None:
+        allowed = one_of(action_mask, legal_actions)
+        if allowed is None and self._has_mask and isinstance(observations, Mapping):
+            return observations.get(ACTION_MASK)
+        return allowed

@@ -538,7 +538,7 @@ def test_a_policy_that_does_not_fit_is_refused_in_setup(make_worker, policy, pro
         ),
         (spaces.Dict(), spaces.Discrete(2), "the observation space is an empty Dict"),
         (spaces.Discrete(2), spaces.Dict(a=spaces.Discrete(2)), "the action space is Dict"),
-        (spaces.Discrete(2), spaces.MultiBinary(2), "the action space is MultiBinary(2)"),
+        (spaces.Discrete(2), spaces.Text(2), "the action space is Text("),
         (spaces.Discrete(2), spaces.Box(0, 9, (1,), np.int64), "the action space is Box(0, 9"),
     ],
 )
