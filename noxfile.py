@@ -21,7 +21,6 @@ nox.options.reuse_venv = "no"
 
 ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
-EXTRAS = ("gymnasium", "progress", "tensordict", "testing", "examples")
 EXTRAS = (
     "gymnasium",
     "progress",
@@ -32,6 +31,7 @@ EXTRAS = (
     "prometheus",
     "structlog",
     "tensorboard",
+    "tensordict",
     "wandb",
 )
 

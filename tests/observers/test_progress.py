@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import threading
@@ -57,6 +58,12 @@ def in_a_file(screen: io.StringIO) -> Console:
     return Console(file=screen, force_terminal=False, width=40)
 
 
+def plain(screen: io.StringIO) -> list[str]:
+    """Return the lines that were written, without control sequences."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).replace("\r", "")
+    return text.rstrip("\n").splitlines()
+
+
 def test_a_file_gets_plain_lines_from_time_to_time(screen, clock):
     """A file gets a line once per interval; incidents and the end appear at once."""
     progress = RichProgress(console=in_a_file(screen), clock=clock, line_interval=10.0)
@@ -85,8 +92,11 @@ def test_a_terminal_is_drawn_in_place_with_incidents_above(screen, clock):
     progress.on_event(WorkerReady(0, 0, 1))
     clock.now += 1.0
     progress.on_event(update(1, 1000, mean_return=10.0))
-    last = "1,000 steps · 2,346 steps/s · return 10.0 · weights 2 · workers 1/2 · restarts 1 · 0:01"
-    assert screen.getvalue().rstrip().endswith(last)
+    last = [  # the drawing before ends where the cursor goes up again
+        "workers 0/21,000 steps · 2,346 steps/s · 0:01 · weights 2 · restarts 1",
+        "return 10.0 ▁ 10.0 to 10.0",
+    ]
+    assert plain(screen)[-3:] == [*last, "workers 1/2  0 ready"]
     progress.on_event(WorkerIncident(INCIDENT))
     text = screen.getvalue()
     assert text.count(SUMMARY) == 1
@@ -199,15 +209,16 @@ def test_workers_come_and_go(screen, clock):
 
 
 def test_a_known_goal_shows_a_bar(screen, clock):
-    """With total_steps a bar that is full in proportion stands above the line of figures."""
+    """With total_steps a bar that is full in proportion, and the time left, stand on top."""
     progress = RichProgress(console=on_a_terminal(screen), clock=clock, total_steps=2000)
     progress.on_event(PoolStarted(1))
-    clock.now += 1.0
-    progress.on_event(update(1, 1000))
+    clock.now += 61.0
+    progress.on_event(update(1, 500))
     progress.on_event(PoolStopped(0))
-    last_bar, figures, _ = screen.getvalue().splitlines()[-3:]
-    assert last_bar.count("━") == 80
-    assert figures.startswith("1,000 steps · ")
+    bar, figures, _, _ = plain(screen)[-4:]
+    # The line before it ends where the cursor goes up again.
+    assert bar == "workers 0/1" + "━" * 36 + "─" * 109 + "  25% 3:03 left"
+    assert figures.startswith("500 of 2,000 steps · ")
 
 
 @pytest.mark.parametrize("console", [on_a_terminal, in_a_file])
@@ -235,7 +246,8 @@ def test_no_content_of_an_event_makes_the_display_fail(is_terminal, encoding, cl
     progress.on_event(update(7, 1234, mean_return=1.0))
     progress.close()
     file.flush()
-    assert b"1,234 steps" in file.buffer.getvalue()
+    goal = b" of 100" if is_terminal else b""
+    assert b"1,234" + goal + b" steps" in file.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,8 @@ WANDB = """
     assert longest < 0.5, longest
     assert observer.finish(100)
     assert observer.num_failed == 0
-    import pathlib
+    import pathlib, wandb
+    wandb.teardown()  # its service has written everything then
     from observers.wandb_file import rows
     print(json.dumps(rows(pathlib.Path())))
 """
