@@ -256,10 +256,11 @@ class PoolEscalated(Event):
 
 @dataclass(frozen=True, slots=True)
 class WeightsPushed(Event):
-    """A weights version was published."""
+    """A version of the weights of a name was published."""
 
     version: int
     num_bytes: int
+    name: str = "main"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import inspect
 import time
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
 from keisei.child.commands import Commands
@@ -116,6 +117,8 @@ class WorkerRuntime:
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
         self._hello = hello = messages.unpack(frame, messages.CONTROL)
+        if hello.has_weights:
+            await self._loading.introduce()
         self._has_limits = hello.max_experiences is not None or hello.max_rss is not None
         self._commands.paused = hello.paused
         self._delivery = Delivery(self._ends.experience, self._status, hello.cells, hello.seed)
@@ -133,7 +136,7 @@ class WorkerRuntime:
         self._worker = await call(Phase.START, self._build, factory)
         await call(Phase.START, self._worker.setup, self._context())
         takes_weights = await call(Phase.START, self._takes_weights)
-        self._loading.take_announcements()
+        await call(Phase.START, self._loading.serve, self._worker)
         await self._loading.load_newest(self._worker)
         await self._tell(messages.Ready(self._loading.version, takes_weights))
         self._is_ready = True
@@ -172,6 +175,7 @@ class WorkerRuntime:
             weights_version=hello.weights_version,
             _progress=self._status.progress,
             _turn_soon=turn_soon,
+            _weights=functools.partial(self._loading.look, may_wait=not self._isolation.is_shared),
         )
 
     # the main loop
@@ -199,7 +203,7 @@ class WorkerRuntime:
             if step is Step.COLLECT:
                 self._status.begun += 1
                 if not concurrent:
-                    await self._delivery.deliver(await self._collect(), self._loading.version)
+                    await self._deliver(await self._collect())
                     await self._let_the_loop_turn()
                     continue
                 self._hooks.collecting = asyncio.create_task(self._collect())
@@ -255,6 +259,8 @@ class WorkerRuntime:
         if self._loading.is_behind:
             await self._loading.load_newest(self._worker)
         await self._commands.stand_still()
+        if self._loading.is_behind:  # such as by a model that was assigned meanwhile
+            await self._loading.load_newest(self._worker)
 
     async def _collect(self) -> Any:
         return await self._hooks.call(Phase.COLLECT, self._worker.collect)
@@ -265,7 +271,11 @@ class WorkerRuntime:
         if task is None or task.cancelled():
             error = asyncio.CancelledError("the worker's own code has cancelled collect()")
             raise HookFailed(Phase.COLLECT, error)
-        await self._delivery.deliver(task.result(), self._loading.version)
+        await self._deliver(task.result())
+
+    def _deliver(self, result: Any) -> Awaitable[None]:
+        """Deliver what was collected with the weights that the worker has now."""
+        return self._delivery.deliver(result, self._loading.version, self._loading.others)
 
     async def _cut_short(self) -> None:
         task = self._hooks.collecting

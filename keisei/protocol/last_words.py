@@ -19,6 +19,8 @@ class LastWords:
         experiences_lost: Experiences that it had begun and not finished.
         commands_lost: Commands that were sent and never answered.
         last_command: The name of the last command that it took up.
+        suspected: The number and version of the weights that a failure is to be blamed on: those
+            that were published last among those that it took. ``None`` is version of "main".
         rss: Its peak resident memory in bytes, as of its last experience; 0 is unknown.
     """
 
@@ -32,3 +34,4 @@ class LastWords:
     commands_lost: int = 0
     last_command: str | None = None
     rss: int = 0
+    suspected: tuple[int, int] | None = None

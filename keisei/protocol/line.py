@@ -20,7 +20,8 @@ from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.status import Phase, StatusLine
 from keisei.protocol import messages
-from keisei.protocol.batches import BatchParser
+from keisei.protocol.announcer import UNREAD, Announcer, Shared
+from keisei.protocol.batches import BatchParser, any_named
 from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.protocol.last_words import LastWords
 from keisei.protocol.receiver import LineOwner, Receiver
@@ -49,6 +50,7 @@ class Line:
         incarnation: int,
         max_queue_size: int,
         newest_version: Callable[[], int] = _any_version,
+        newest_named: Callable[[int], tuple[str, int]] = any_named,
     ) -> None:
         """Make the queues.
 
@@ -57,6 +59,7 @@ class Line:
             incarnation: The process of that slot.
             max_queue_size: Experiences that may wait.
             newest_version: Tells the newest weights version, which no experience can exceed.
+            newest_named: Tells, for the number of other weights, their name and newest version.
 
         Raises:
             OSError: There are no descriptors left; nothing is left open.
@@ -65,7 +68,7 @@ class Line:
         self.incarnation = incarnation
         with contextlib.ExitStack() as undo:
             theirs, self.experience = _pair(0 if max_queue_size else None, undo, manual=True)
-            self.model, model = _pair(None, undo)
+            self.model, model = _pair(UNREAD, undo)
             self.control, control = _pair(None, undo)
             reply, self.reply = _pair(None, undo, manual=True)
             self.status = StatusLine()
@@ -73,11 +76,12 @@ class Line:
         self._theirs: WorkerEndpoints | None = WorkerEndpoints(
             control, model, reply, theirs, self.status
         )
+        self._announcer = Announcer(self.model, self._tell_work)
         self._requests = Requests(worker_id, incarnation)
         self._receiver = Receiver(
             self.experience,
             self.reply,
-            BatchParser(worker_id, incarnation),
+            BatchParser(worker_id, incarnation, newest_named),
             self._requests,
             newest_version,
         )
@@ -176,25 +180,25 @@ class Line:
                 )
             )
 
-    def announce(self, frame: Any, fd: int | None = None) -> None:
-        """Send a packed frame about weights, unless the worker is dying or has 200 of them unread.
+    def announce(self, key: object, frame: Any, memory: Shared | None = None) -> None:
+        """Send a packed frame about weights, in order and for sure; see ``Announcer.tell``."""
+        self._announcer.tell(key, frame, memory)
 
-        A worker that misses an announcement owes the newest weights all the same.
-        """
-        with contextlib.suppress(QueueWouldBlock, QueueEnded, QueueClosed):
-            self.model.put_nowait(frame, [] if fd is None else [fd])
-            self._tell_work()
-
-    def ask_for_version(self, version: int) -> asyncio.Future[int]:
+    def ask_for_version(self, number: int, version: int) -> asyncio.Future[int]:
         """Have the worker load weights; return a future of the version that it acknowledges.
 
         That is ``version`` or a newer one. The future raises ``WorkerLost`` if the worker dies.
+
+        Args:
+            number: Stands for the name of the weights.
+            version: The version that it is to have.
         """
-        future = self._requests.open_version(version)
+        future = self._requests.open_version(number, version)
         if self._lost is not None:
             future.set_exception(copy_of(self._lost))
         else:
-            self.announce(messages.pack(messages.Announcement(version, acknowledge=True)))
+            frame = messages.pack(messages.Announcement(number, version, acknowledge=True))
+            self._announcer.ask(frame)
         return future
 
     def _tell_work(self) -> None:
@@ -268,6 +272,7 @@ class Line:
             commands_lost=self._requests.num_unanswered,
             last_command=self._requests.name_of(status.command),
             rss=status.rss,
+            suspected=status.suspected,
         )
 
     def lose(self, error: WorkerError) -> None:
@@ -278,6 +283,7 @@ class Line:
         if self._lost is None:
             self._lost = error
             self._receiver.close()
+            self._announcer.close()
             self.model.close()
             self.control.close()
             if self._theirs is not None:

@@ -229,7 +229,7 @@ class Receiver:
         if isinstance(message, (messages.Reply, messages.ReplyError)):
             self._requests.answer(message, value)
         elif isinstance(message, messages.Applied):
-            self._requests.applied(message.version)
+            self._requests.applied(message.number, message.version)
         elif self.owner is None:
             return
         elif isinstance(message, messages.Ready):

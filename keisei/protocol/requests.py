@@ -25,7 +25,7 @@ class Requests:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._commands: dict[int, tuple[str, asyncio.Future[Any]]] = {}
-        self._versions: dict[asyncio.Future[int], int] = {}
+        self._versions: dict[asyncio.Future[int], tuple[int, int]] = {}
         self._names: dict[int, str] = {}
 
     def __bool__(self) -> bool:
@@ -45,10 +45,10 @@ class Requests:
         """Drop the answer to a command, if it still comes."""
         self._commands.pop(sequence, None)
 
-    def open_version(self, version: int) -> asyncio.Future[int]:
+    def open_version(self, number: int, version: int) -> asyncio.Future[int]:
         """Return a future of the version, this or a newer one, that the worker acknowledges."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._versions[future] = version
+        self._versions[future] = (number, version)
         future.add_done_callback(self._versions.pop)
         return future
 
@@ -70,10 +70,10 @@ class Requests:
             CommandError(error, self._worker_id, self._incarnation, remote_traceback=trace)
         )
 
-    def applied(self, version: int) -> None:
-        """Answer everybody who waits for ``version`` or an older one."""
-        for future, wanted in list(self._versions.items()):
-            if wanted <= version and not future.done():
+    def applied(self, number: int, version: int) -> None:
+        """Answer everybody who waits for ``version`` of a name or an older one."""
+        for future, (name, wanted) in list(self._versions.items()):
+            if name == number and wanted <= version and not future.done():
                 future.set_result(version)
 
     def fail(self, error: WorkerError) -> None:

@@ -258,13 +258,15 @@ class Supervisor:
         incident = self._incident(one, verdict, words, exitcode)
         one.stop_watching()  # before a back-off begins to count
         worker_id = one.worker_id
+        number, version = words.suspected or (0, words.version)
         actions = self._advance(
             machine.Exited(
                 worker_id,
                 one.number,
                 verdict.cause,
                 jitter=self._random.random(),
-                version=words.version if verdict.blames_weights else 0,
+                version=version if verdict.blames_weights else 0,
+                weights=number,
                 raised=verdict.raised and verdict.cause is ExitCause.START_FAILED,
             )
         )
@@ -345,8 +347,8 @@ class Supervisor:
     def _carry_out(self, actions: list[machine.Action], incident: Incident) -> None:
         for action in actions:
             match action:
-                case machine.Withdraw(version):
-                    self._port.withdraw_weights(version, incident)
+                case machine.Withdraw(version, number):
+                    self._port.withdraw_weights(number, version, incident)
                 case machine.GiveUp(worker_id):
                     self._publish(events.WorkerGivenUp(worker_id, incident))
                 case machine.Escalate(_, reason):

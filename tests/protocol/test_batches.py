@@ -360,6 +360,9 @@ def test_any_lie_in_any_field_is_refused_or_harmless(data):
             value = data.draw(st.none() | st.just(Layout.of([("x", torch.float32, shape)])))
         elif name == "info":
             value = data.draw(st.none() | st.binary(max_size=50))
+        elif name == "named":
+            pairs = st.tuples(st.integers(0, 3), st.integers(0, (1 << 63) - 1))
+            value = data.draw(st.none() | st.lists(pairs, max_size=3).map(tuple))
         else:
             bits = {"cell": 16, "segment": 32}.get(name, 63)
             value = data.draw(st.integers(0, 100) | st.integers(0, (1 << bits) - 1))

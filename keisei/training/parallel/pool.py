@@ -27,6 +27,7 @@ from keisei.training.parallel.flow import Flow
 from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.seeds import worker_seed
 from keisei.training.parallel.stats import WorkerInfo
+from keisei.worker import MAIN
 
 
 class Pool:
@@ -212,22 +213,27 @@ class Pool:
             seconds_since_progress=max(0.0, now - moved_at) if moved_at > 0 else 0.0,
         )
 
-    def _on_pushed(self, version: int, num_bytes: int) -> None:
-        self.flow.pushed()
-        self._publish(WeightsPushed(version, num_bytes))
+    def _on_pushed(self, name: str, version: int, num_bytes: int) -> None:
+        if name == MAIN:
+            self.flow.pushed()
+        self._publish(WeightsPushed(version, num_bytes, name))
 
     # what supervision asks (it is the ``PoolPort``)
 
     def make_line(self, worker_id: int, incarnation: int) -> Line:
         """Make the queues of a new process."""
         return Line(
-            worker_id, incarnation, self.config.max_queue_size, self.synchronizer.newest_version
+            worker_id,
+            incarnation,
+            self.config.max_queue_size,
+            self.synchronizer.newest_version,
+            self.synchronizer.newest_named,
         )
 
     async def launch(self, line: Line) -> ProcessHandle:
         """Start a process at the other end of ``line``."""
         endpoints = line.endpoints()
-        self.synchronizer.introduce(line)
+        has_weights = self.synchronizer.introduce(line)
         worker_id, incarnation = line.worker_id, line.incarnation
         line.send(
             messages.Hello(
@@ -245,6 +251,7 @@ class Pool:
                 paused=True,
                 max_experiences=self.config.max_experiences_per_worker,
                 max_rss=self.config.max_worker_rss,
+                has_weights=has_weights,
             )
         )
         return await self.backend.start(endpoints, f"keisei-worker-{worker_id}.{incarnation}")
@@ -259,10 +266,11 @@ class Pool:
             line.try_to_send(messages.Resume())
         self.flow.became_ready(line)
 
-    def withdraw_weights(self, version: int, incident: Incident) -> None:
+    def withdraw_weights(self, number: int, version: int, incident: Incident) -> None:
         """Put the weights before ``version`` back; the next push raises ``PoisonedWeights``."""
-        self.synchronizer.withdraw(version, incident.summary)
-        self.flow.pushed()
+        self.synchronizer.withdraw(version, incident.summary, number)
+        if number == 0:
+            self.flow.pushed()
 
     def on_failed(self) -> None:
         """Called when the pool has failed for good: wake everybody who waits for experiences."""
