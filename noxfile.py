@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -122,6 +123,21 @@ def refused(session: nox.Session) -> None:
     install(session, "test")
     env = {"KEISEI_TEST_INSTALLED": "1", "KEISEI_TEST_REFUSE": "1"}
     session.run("pytest", *session.posargs, env=env)
+
+
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """Look at the page in a real Chromium; the screenshots are kept in build/screenshots."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if missing:
+        session.error(
+            f"no {' and no '.join(missing)} on the PATH; on Debian: apt-get install chromium "
+            "chromium-driver (as root), elsewhere install Chromium and the ChromeDriver of its "
+            "version under these names"
+        )
+    install(session, "browser")
+    env = {"KEISEI_TEST_INSTALLED": "1"}
+    session.run("pytest", "-m", "browser", "tests/observers/page", *session.posargs, env=env)
 
 
 @nox.session(default=False)
