@@ -73,7 +73,6 @@ PUBLIC_NAMES = [
     "RestartPolicy",
     "RunReport",
     "SerializationError",
-    "Weights",
     "WeightsError",
     "Worker",
     "WorkerCommunicator",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from keisei.config import RestartPolicy
 from keisei.events import ExitCause
-from keisei.supervision.slots import Blame, Slot, SlotStatus, SlotTable
+from keisei.supervision.slots import Slot, SlotStatus, SlotTable
 
 # what happened
 
@@ -42,8 +42,8 @@ class Exited:
     """A process ended, or could not be started.
 
     ``jitter`` is uniform in [0, 1). ``version`` is the weights version that may be to blame, 0
-    for none; ``weights`` stands for their name. ``raised`` tells that a start failed by an
-    exception of the user's code, which a second try would only repeat.
+    for none. ``raised`` tells that a start failed by an exception of the user's code, which a
+    second try would only repeat. ``raised_at_first`` tells the same of the first experience.
     """
 
     worker_id: int
@@ -52,7 +52,7 @@ class Exited:
     jitter: float = 0.0
     version: int = 0
     raised: bool = False
-    weights: int = 0
+    raised_at_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +130,13 @@ class Escalate:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """Replace a version of weights that kills its workers by the one before."""
+    """Replace a weights version that kills its workers by the one before."""
 
     version: int
-    weights: int = 0
 
+
+FIRST_EXPERIENCE = "its first experience failed"
+"""The reason of an escalation: the mistake is in the program, as where the first start fails."""
 
 Action = Spawn | Schedule | End | GiveUp | Escalate | Withdraw
 
@@ -195,7 +197,7 @@ def _added(table: SlotTable, worker_id: int) -> SlotTable:
     if table.is_stopping:
         return table
     if slot is None:
-        return table.with_slot(worker_id, Slot())
+        return table.with_slot(worker_id, Slot(is_original=not table.was_complete))
     if slot.status.is_terminal:
         return table.with_slot(worker_id, Slot(incarnation=slot.incarnation))
     if slot.status is SlotStatus.ENDING and not slot.is_replaced:
@@ -286,6 +288,8 @@ def _failed(
         return _retry(table, slot, exit_, delay=0.0, actions=poison)
     if exit_.raised and not table.was_complete:
         return _escalated(table, worker_id, "its first start failed")
+    if exit_.raised_at_first and slot.is_original and slot.incarnation == 0:
+        return _escalated(table, worker_id, FIRST_EXPERIENCE)
     if not table.degrade and len(table.failures) > table.max_failures:
         reason = (
             f"more than {table.max_failures} failures in {policy.restart_window:g} s "
@@ -341,13 +345,11 @@ def _backoff(policy: RestartPolicy, in_a_row: int, jitter: float) -> float:
 def _poisoned(table: SlotTable, exit_: Exited) -> tuple[SlotTable, list[Action]]:
     """Count the distinct slots that failed on one version; withdraw it when they are too many."""
     threshold, version = table.poison_threshold, exit_.version
-    known = table.blame.get(exit_.weights, Blame())
-    is_known = version <= known.withdrawn or version < known.version
+    is_known = version <= table.withdrawn or version < table.blamed_version
     if threshold is None or version <= 1 or is_known:
         return table, []  # nothing is before version 1, and only the newest can be withdrawn
-    others = known.by if version == known.version else frozenset()
-    blame = replace(known, version=version, by=others | {exit_.worker_id})
-    if len(blame.by) < threshold:
-        return table.with_blame(exit_.weights, blame), []
-    blame = replace(blame, withdrawn=version)
-    return table.with_blame(exit_.weights, blame), [Withdraw(version, exit_.weights)]
+    others = table.blamed_by if version == table.blamed_version else frozenset()
+    table = replace(table, blamed_version=version, blamed_by=others | {exit_.worker_id})
+    if len(table.blamed_by) < threshold:
+        return table, []
+    return replace(table, withdrawn=version), [Withdraw(version)]
