@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 EXTRAS = (
     "gymnasium",
+    "pettingzoo",
     "progress",
     "testing",
     "examples",
