@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from keisei.training.parallel.model_sync import ModelSynchronizer
     from keisei.training.parallel.parallel_manager import ParallelManager
     from keisei.training.parallel.run import Learner, RunReport
-    from keisei.worker import Experience, Worker, WorkerContext
+    from keisei.worker import Experience, Weights, Worker, WorkerContext
 
 __version__ = "0.1.0"
 
@@ -79,6 +79,7 @@ __all__ = [
     "RestartPolicy",
     "RunReport",
     "SerializationError",
+    "Weights",
     "WeightsError",
     "Worker",
     "WorkerCommunicator",
@@ -100,6 +101,7 @@ _HOMES = {
     "ParallelManager": "keisei.training.parallel.parallel_manager",
     "RestartPolicy": "keisei.config",
     "RunReport": "keisei.training.parallel.run",
+    "Weights": "keisei.worker",
     "Worker": "keisei.worker",
     "WorkerCommunicator": "keisei.training.parallel.communication",
     "WorkerContext": "keisei.worker",

@@ -49,7 +49,9 @@ def _resolve_annotations(kind: type) -> None:
     """
     names = vars(sys.modules[kind.__module__])
     resolved: dict[str, Any] = {}
-    for name, annotation in kind.__annotations__.items():
+    for name, given in kind.__annotations__.items():
+        # That of a NamedTuple is a reference already, which knows no module.
+        annotation = given.__forward_arg__ if isinstance(given, typing.ForwardRef) else given
         probe = type("Probe", (), {"__annotations__": {name: annotation}})
         try:
             resolved |= typing.get_type_hints(probe, names, include_extras=True)

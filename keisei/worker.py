@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from keisei import state_dicts
 from keisei.exceptions import WeightsError
@@ -14,35 +14,98 @@ if TYPE_CHECKING:
     import torch
 
 
+MAIN = "main"
+"""The name of the weights that are pushed without one, and of the model that takes them."""
+
+
 def _nothing(*_: object) -> None:
     """Do nothing, in a context that was made by hand."""
 
 
-class Settings(Mapping[str, Any]):
-    """A worker's settings, as they are at each look: a mapping that only the pool changes."""
+def _no_weights(name: str) -> Weights:
+    """Have no weights, in a context that was made by hand."""
+    raise WeightsError(f"there are no weights {name!r}: this context belongs to no pool")
 
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        """Begin with a copy of ``values``."""
-        self._values = dict(values or {})
 
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return self._values[name]
-        except KeyError:
-            known = ", ".join(map(str, self._values)) or "none"
-            raise KeyError(f"no setting {name!r}; the settings are: {known}") from None
+@public
+class Weights(NamedTuple):
+    """Weights of one name, as ``WorkerContext.weights`` returns them.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+    Attributes:
+        tensors: By name, on the CPU. They stay valid and unchanged as long as any of them lives,
+            whatever is pushed or dropped meanwhile. Do not write to them: they are shared.
+        version: 1, 2, 3 … of this name.
+    """
 
-    def __len__(self) -> int:
-        return len(self._values)
+    tensors: Mapping[str, torch.Tensor]
+    version: int
 
-    def __repr__(self) -> str:
-        return f"Settings({self._values!r})"
 
-    def _replace(self, values: Mapping[str, Any]) -> None:
-        self._values = dict(values)
+class Models(dict[str, "torch.nn.Module"]):
+    """A worker's models by name, which notes those that are new.
+
+    Attributes:
+        changed: The names of models that were assigned and not filled yet.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed: set[str] = set()
+
+    def __setitem__(self, name: str, model: torch.nn.Module) -> None:
+        super().__setitem__(name, model)
+        self.changed.add(name)
+
+    def update(self, *others: Any, **models: Any) -> None:
+        """Assign several models."""
+        for name, model in dict(*others, **models).items():
+            self[name] = model
+
+    def setdefault(self, name: str, model: Any = None) -> Any:
+        """Return the model of ``name``, which becomes ``model`` if there is none."""
+        if name not in self:
+            self[name] = model
+        return self[name]
+
+    def __ior__(self, others: Any) -> Models:  # type: ignore[misc,override]
+        self.update(others)
+        return self
+
+
+class _AllModels:
+    """``Worker.models``: made when it is first asked for, and the same object from then on."""
+
+    def __get__(self, worker: Worker | None, owner: type) -> Any:
+        if worker is None:
+            return {}
+        mine = vars(worker).get("_models")
+        if mine is None:
+            mine = vars(worker)["_models"] = Models()
+        return mine
+
+    def __set__(self, worker: Worker, models: Mapping[str, torch.nn.Module]) -> None:
+        if not isinstance(models, Mapping):
+            raise TypeError(
+                f"models of {type(worker).__name__} is a {type(models).__name__}; the attribute is "
+                "a mapping of names of weights to networks, which the pool fills"
+            )
+        given = dict(models)
+        mine = worker.models
+        mine.clear()
+        mine.update(given)
+
+
+class _MainModel:
+    """``Worker.model``: what ``Worker.models`` has under "main"."""
+
+    def __get__(self, worker: Worker | None, owner: type) -> Any:
+        return None if worker is None else worker.models.get(MAIN)
+
+    def __set__(self, worker: Worker, model: torch.nn.Module | None) -> None:
+        if model is None:
+            worker.models.pop(MAIN, None)
+        else:
+            worker.models[MAIN] = model
 
 
 @public
@@ -58,8 +121,6 @@ class WorkerContext:
             global generators of ``random``, NumPy and torch are seeded with it before ``setup``.
         device: Where the worker should put its model, as a torch device string.
         weights_version: The newest weights version when this process was started; 0 is none.
-        settings: What ``ParallelManager(settings=...)`` and ``manager.configure`` gave this slot:
-            a read-only mapping, as it is at each look. It changes between two collects only.
     """
 
     worker_id: int
@@ -68,9 +129,9 @@ class WorkerContext:
     seed: int
     device: str = "cpu"
     weights_version: int = 0
-    settings: Mapping[str, Any] = field(default_factory=Settings)
     _progress: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
     _turn_soon: Callable[..., None] = field(default=_nothing, repr=False, compare=False)
+    _weights: Callable[[str], Weights] = field(default=_no_weights, repr=False, compare=False)
 
     def progress(self) -> None:
         """Tell the supervisor that a long ``collect`` or ``setup`` is moving.
@@ -79,6 +140,19 @@ class WorkerContext:
         as often as once a step.
         """
         self._progress()
+
+    def weights(self, name: str = MAIN) -> Weights:
+        """Return the newest weights of a name, pushed up to this moment, and their version.
+
+        In any hook, ``setup`` included, from the thread that runs it. A name that was pushed once
+        is looked at where it lies in shared memory, so it costs nothing in any worker. Of a name
+        that was pushed again, the worker has one copy as long as it uses it.
+
+        Raises:
+            WeightsError: Nothing was pushed under that name, or it was dropped; the message lists
+                the names.
+        """
+        return self._weights(name)
 
 
 @public
@@ -107,21 +181,28 @@ class Worker:
 
     Every hook may be ``def`` or ``async def``. They are called one at a time, in this order:
     ``setup``, then ``load_weights`` and ``collect`` in turn, with ``reset`` and ``on_command``
-    between two collects (or beside one when ``collect`` is a coroutine), ``configure`` between two
-    collects, and ``teardown`` at an orderly end. A hook that raises ends the process; the pool
-    records the traceback and restarts the slot. Only an error in ``reset``, ``on_command`` or
-    ``configure`` is answered to the caller instead.
+    between two collects (or beside one when ``collect`` is a coroutine), and ``teardown`` at an
+    orderly end. A hook that raises ends the process; the pool records the traceback and restarts
+    the slot. Only an error in ``reset`` or ``on_command`` is answered to the caller instead.
 
     ``async def`` hooks run in the worker's event loop, where tasks that they start go on between
     hooks. ``def`` hooks run outside it: they have no running loop, and may use ``asyncio.run``,
     loops of their own, and blocking interfaces over coroutine libraries.
 
+    ``self.models`` are filled like ``self.model``, each by the weights of its name. A model that is
+    assigned later, under a name that has weights, is filled before the next ``collect``.
+
     Attributes:
-        model: Set it in ``setup`` to have the default ``load_weights`` fill it. A worker that is
-            given weights needs it, or a ``load_weights`` of its own.
+        model: The network of the weights "main"; it is ``models["main"]``. Set it in ``setup`` to
+            have the default ``load_weights`` fill it. A worker that is given weights needs it, or a
+            ``load_weights`` of its own.
+        models: The networks that are filled with weights before each ``collect``, by name of
+            weights. A name without weights is left alone until some are pushed. When weights are
+            dropped, the model keeps the last ones.
     """
 
-    model: torch.nn.Module | None = None
+    model: torch.nn.Module | None = cast("Any", _MainModel())
+    models: dict[str, torch.nn.Module] = cast("Any", _AllModels())
 
     def setup(self, context: WorkerContext) -> Any:
         """Build the environment and the model."""
@@ -154,19 +235,6 @@ class Worker:
             may be nested, or a TensorDict.
         """
         raise NotImplementedError(f"{type(self).__name__} must define collect()")
-
-    def configure(self, settings: dict[str, Any]) -> Any:
-        """Take changed settings, between two collects; the default does nothing.
-
-        Not called for the settings that the process begins with: those are there in ``setup``, as
-        ``context.settings``. If it raises, the caller of ``manager.configure`` gets the error, and
-        it is called again with the former settings, which the worker and its slot keep. If it
-        raises again then, the process ends, and the next one begins with the former settings.
-
-        Args:
-            settings: All settings of this slot, the changed ones included; the worker's own to
-                keep. ``context.settings`` says the same.
-        """
 
     def reset(self) -> Any:
         """Begin again: new episodes. Called by ``manager.reset()``."""

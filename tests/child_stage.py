@@ -13,6 +13,7 @@ import torch
 from keisei.child.isolation import SharedProcess
 from keisei.child.runtime import WorkerRuntime
 from keisei.ipc import serialize
+from keisei.ipc.board import Board
 from keisei.ipc.layout import describe
 from keisei.ipc.queues import AsyncQueue
 from keisei.ipc.status import StatusLine
@@ -31,7 +32,9 @@ class Stage:
         self.reply: AsyncQueue[Any] = AsyncQueue(manual=True)
         self.experience: AsyncQueue[Any] = AsyncQueue(4, manual=True)
         self.status = StatusLine()
-        self.publisher: WeightsPublisher | None = None
+        self.is_introduced = False
+        self.board = Board()
+        self.publishers: dict[str, WeightsPublisher] = {}
         ends = WorkerEndpoints(
             self.control.take_reader(),
             self.model.take_reader(),
@@ -56,23 +59,52 @@ class Stage:
             paused=False,
             max_experiences=None,
             max_rss=None,
+            has_weights=True,
         )
+        await self.introduce()
         await self.tell(hello)
+
+    async def introduce(self) -> None:
+        """Tell the worker of the names that there are, so that it begins."""
+        for name, publisher in self.publishers.items():
+            await self.tell_where(name, publisher, self.board.edition)
+        frame = messages.pack(messages.Introduced(self.board.edition))
+        assert self.model.writer is not None
+        await self.model.writer.put(frame, fds=[self.board.fd])
+        self.is_introduced = True
+
+    async def tell_where(self, name: str, publisher: WeightsPublisher, edition: int) -> None:
+        arena = messages.Arena(
+            self.number_of(name), edition, publisher.is_final, name, publisher.layout
+        )
+        assert self.model.writer is not None
+        await self.model.writer.put(messages.pack(arena), fds=[publisher.fd])
+
+    def number_of(self, name: str) -> int:
+        return 0 if name == "main" else 1 + sorted(self.publishers).index(name)
 
     async def tell(self, message: Any) -> None:
         assert self.control.writer is not None
         await self.control.writer.put(messages.pack(message))
 
-    async def publish(self, weights: Mapping[str, torch.Tensor], acknowledge: bool = True) -> int:
+    async def publish(
+        self, weights: Mapping[str, torch.Tensor], acknowledge: bool = True, name: str = "main"
+    ) -> int:
         """Publish a version and announce it."""
         assert self.model.writer is not None
-        if self.publisher is None:
-            self.publisher = WeightsPublisher(describe(weights))
-            arena = messages.Arena(self.publisher.layout)
-            # The descriptor is sent whole: nothing has been in this queue before.
-            await self.model.writer.put(messages.pack(arena), fds=[self.publisher.fd])
-        version = self.publisher.publish(weights)
-        await self.model.writer.put(messages.pack(messages.Announcement(version, acknowledge)))
+        publisher = self.publishers.get(name)
+        is_new = publisher is None
+        if publisher is None:
+            publisher = WeightsPublisher(describe(weights), board=self.board)
+            self.publishers[name] = publisher
+        version = publisher.publish(weights)
+        if not self.is_introduced:
+            return version
+        if is_new:
+            await self.tell_where(name, publisher, self.board.edition + 1)
+            self.board.change_names()
+        frame = messages.Announcement(self.number_of(name), version, acknowledge)
+        await self.model.writer.put(messages.pack(frame))
         return version
 
     async def said_after_publishing(self, weights: Mapping[str, torch.Tensor]) -> Any:
@@ -103,8 +135,9 @@ class Stage:
     def close(self) -> None:
         for queue in (self.control, self.model, self.reply, self.experience):
             queue.close()
-        if self.publisher is not None:
-            self.publisher.close()
+        for publisher in self.publishers.values():
+            publisher.close()
+        self.board.close()
         self.status.close()
 
 

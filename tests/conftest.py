@@ -27,7 +27,7 @@ if refusal.VARIABLE in os.environ:
 settings.register_profile("keisei", deadline=None)
 settings.load_profile("keisei")
 
-_ARGUMENTS = {"model", "learner", "observers", "settings"}
+_ARGUMENTS = {"model", "models", "learner", "observers"}
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,7 @@ PUBLIC_NAMES = [
     "RestartPolicy",
     "RunReport",
     "SerializationError",
+    "Weights",
     "WeightsError",
     "Worker",
     "WorkerCommunicator",

@@ -39,6 +39,7 @@ class Delivery:
         self._seed = seed
         self._ring = RingWriter(cells + 2)
         self._told_layout: Layout | None = None
+        self._told_others: tuple[tuple[int, int], ...] = ()
 
     def take_credits(self) -> None:
         """Take in the credits that have arrived."""
@@ -56,13 +57,15 @@ class Delivery:
 
         self._writer.watch_credit(take)
 
-    async def deliver(self, result: Any, version: int, settings_version: int = 0) -> None:
+    async def deliver(
+        self, result: Any, version: int, others: tuple[tuple[int, int], ...] = ()
+    ) -> None:
         """Copy what ``collect`` returned into shared memory and send the frame about it.
 
         Args:
             result: An ``Experience``, or a mapping of tensors, nested or not.
             version: The weights that it was collected with.
-            settings_version: The settings that it was collected with.
+            others: Numbers and versions of the other weights that it was collected with.
 
         Raises:
             HookFailed: It is no experience, or cannot travel.
@@ -85,7 +88,7 @@ class Delivery:
                     num_steps=_num_steps(experience, ref.layout),
                     info=serialize.dumps(dict(info), "Experience.info") if info else None,
                     seed=self._seed,
-                    settings_version=settings_version,
+                    named=None if others is self._told_others else others,
                 )
             )
         except BaseException as error:
@@ -95,6 +98,7 @@ class Delivery:
             self._status.rss = peak_memory()
         await send(self._writer, payload, fds)
         self._told_layout = ref.layout
+        self._told_others = others
         if fds:
             self._ring.told()
 

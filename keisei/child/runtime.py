@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import inspect
 import time
 import types
@@ -71,7 +72,6 @@ class WorkerRuntime:
         self._wake = asyncio.Event()
         self._hooks = Hooks(self._status, isolation)
         self._commands = Commands(endpoints.control, self._hooks, self._status, self._tell)
-        self._settings = self._commands.settings
         self._loading = Loading(endpoints.model, self._hooks, self._status, self._tell)
         self._delivery: Delivery
         self._hello: messages.Hello
@@ -117,9 +117,8 @@ class WorkerRuntime:
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
         self._hello = hello = messages.unpack(frame, messages.CONTROL)
-        if hello.has_settings:
-            frame, _ = await self._ends.control.get()
-            settings = messages.unpack(frame, messages.CONTROL)
+        if hello.has_weights:
+            await self._loading.introduce()
         self._has_limits = hello.max_experiences is not None or hello.max_rss is not None
         self._commands.paused = hello.paused
         self._delivery = Delivery(self._ends.experience, self._status, hello.cells, hello.seed)
@@ -129,8 +128,6 @@ class WorkerRuntime:
         self._delivery.watch_credits(self._wake.set)
         call = self._hooks.call
         self._status.enter(Phase.START)
-        if hello.has_settings:
-            await call(Phase.START, self._settings.begin, settings)
         factory = await call(Phase.START, serialize.loads, hello.factory, "the worker factory")
         try:
             self._isolation.begin(hello.seed, hello.threads)
@@ -139,7 +136,7 @@ class WorkerRuntime:
         self._worker = await call(Phase.START, self._build, factory)
         await call(Phase.START, self._worker.setup, self._context())
         takes_weights = await call(Phase.START, self._takes_weights)
-        self._loading.take_announcements()
+        await call(Phase.START, self._loading.serve, self._worker)
         await self._loading.load_newest(self._worker)
         await self._tell(messages.Ready(self._loading.version, takes_weights))
         self._is_ready = True
@@ -176,9 +173,9 @@ class WorkerRuntime:
             seed=hello.seed,
             device=hello.device,
             weights_version=hello.weights_version,
-            settings=self._settings.values,
             _progress=self._status.progress,
             _turn_soon=turn_soon,
+            _weights=functools.partial(self._loading.look, may_wait=not self._isolation.is_shared),
         )
 
     # the main loop
@@ -200,7 +197,7 @@ class WorkerRuntime:
             if step is Step.END:
                 return
             if self._hooks.collecting is None and (
-                self._loading.is_behind or self._commands.between
+                self._loading.is_behind or self._commands.pausing
             ):
                 await self._catch_up()
             if step is Step.COLLECT:
@@ -254,14 +251,16 @@ class WorkerRuntime:
             await self._commands.obey(self._worker)
 
     async def _catch_up(self) -> None:
-        """Load the newest weights, apply settings and answer a pause, between two experiences.
+        """Load the newest weights and answer a pause, between two experiences.
 
         It comes after the look at the credits: what was published before a credit was given is
         loaded before that credit is used.
         """
         if self._loading.is_behind:
             await self._loading.load_newest(self._worker)
-        await self._commands.obey_between(self._worker)
+        await self._commands.stand_still()
+        if self._loading.is_behind:  # such as by a model that was assigned meanwhile
+            await self._loading.load_newest(self._worker)
 
     async def _collect(self) -> Any:
         return await self._hooks.call(Phase.COLLECT, self._worker.collect)
@@ -275,8 +274,8 @@ class WorkerRuntime:
         await self._deliver(task.result())
 
     def _deliver(self, result: Any) -> Awaitable[None]:
-        """Deliver what was collected with the weights and settings that the worker has now."""
-        return self._delivery.deliver(result, self._loading.version, self._settings.version)
+        """Deliver what was collected with the weights that the worker has now."""
+        return self._delivery.deliver(result, self._loading.version, self._loading.others)
 
     async def _cut_short(self) -> None:
         task = self._hooks.collecting

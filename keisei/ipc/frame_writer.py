@@ -157,9 +157,20 @@ class FrameWriter:
             try:
                 return self.put_nowait(payload, fds)
             except QueueWouldBlock:
-                watch = self._credited if self.credit == 0 else self._drained
-            if not await watch.wait(deadline):
+                pass
+            if not await self._room().wait(deadline):
                 raise QueueTimeout(f"no room in the queue for {timeout} s")
+
+    async def wait_for_room(self) -> None:
+        """Wait until ``put_nowait``, which has just found no room, is worth another try.
+
+        Safe to cancel. Also returns when either end is closed.
+        """
+        await self._room().wait(None)
+
+    def _room(self) -> Watch:
+        """Return what tells of room where there is none now."""
+        return self._credited if self.credit == 0 else self._drained
 
     async def flush(self, timeout: float | None = None) -> None:
         """Wait until the operating system has every byte that was put.

@@ -11,15 +11,18 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import stat
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from keisei.ipc import forks, kernel, room
+
+M = TypeVar("M")
 
 PAGE = mmap.PAGESIZE
 _OUR_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
@@ -55,6 +58,13 @@ def create(size: int, name: str = "keisei", *, writable: bool = True) -> tuple[i
         OSError: If the memory cannot be reserved; nothing is left open. Reserving now is what
             keeps a later write from ending the process by SIGBUS.
     """
+    return created(size, name, _mapped, writable=writable)
+
+
+def created(
+    size: int, name: str, mapped: Callable[[int, int], M], *, writable: bool
+) -> tuple[int, M]:
+    """Do as ``create`` with a mapping of another kind, which ``mapped`` makes."""
     size = max(round_up(size, PAGE), PAGE)
     fd = kernel.open_nameless(name)
     try:
@@ -64,7 +74,7 @@ def create(size: int, name: str = "keisei", *, writable: bool = True) -> tuple[i
             os.posix_fallocate(fd, 0, size)
         else:
             os.ftruncate(fd, size)
-        whole = _mapped(fd, size)
+        whole = mapped(fd, size)
         if kernel.can_seal():
             protect = not writable and kernel.can_seal_writes()
             seals = kernel.SIZE_SEALS | (kernel.WRITE_SEAL if protect else 0)
@@ -101,6 +111,11 @@ def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.m
             ``size``, or it was opened in a way that refuses such a mapping. Nothing was mapped.
         OSError: This process can map no more: it has no descriptors or addresses left.
     """
+    return attached(fd, size, functools.partial(_mapped, writable=writable))
+
+
+def attached(fd: int, size: int | None, mapped: Callable[[int, int], M]) -> M:
+    """Do as ``attach`` with a mapping of another kind, which ``mapped`` makes."""
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size <= 0:
@@ -111,7 +126,7 @@ def attach(fd: int, size: int | None = None, *, writable: bool = True) -> mmap.m
             seals = kernel.seals(fd)
             if seals is None or seals & kernel.SIZE_SEALS != kernel.SIZE_SEALS:
                 raise NotShared("the size of shared memory is not sealed")
-        return _mapped(fd, status.st_size, writable=writable)
+        return mapped(fd, status.st_size)
     except OSError as error:
         if error.errno in _OUR_LIMITS:
             raise
@@ -127,44 +142,6 @@ def _mapped(fd: int, size: int, *, writable: bool = True) -> mmap.mmap:
     if sys.version_info >= (3, 13):
         return mmap.mmap(fd, size, access=access, trackfd=False)
     return mmap.mmap(fd, size, access=access)  # keeps a copy of the descriptor as long as it lives
-
-
-class _Buffer(ctypes.Structure):
-    """The ``Py_buffer`` of Python's stable C interface."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
-
-
-def readable(whole: mmap.mmap) -> ctypes.Array[Any]:
-    """Return a buffer on a read-only mapping that claims to be writable, and keeps it alive.
-
-    torch has no read-only tensors: on a buffer that says it is read-only, it warns once in every
-    process. Writing to this one ends the process by SIGSEGV, so it never leaves the package.
-    """
-    found = _Buffer()
-    get, release = ctypes.pythonapi.PyObject_GetBuffer, ctypes.pythonapi.PyBuffer_Release
-    get(ctypes.py_object(whole), ctypes.byref(found), 0)
-    try:
-        address, nbytes = found.buf or 0, found.len
-    finally:
-        release(ctypes.byref(found))
-    kind: Any = type("Window", (ctypes.c_ubyte * nbytes,), {})
-    window = kind.from_address(address)
-    window.whole = whole
-    kept: ctypes.Array[Any] = window
-    return kept
 
 
 class Region:

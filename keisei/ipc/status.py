@@ -25,13 +25,13 @@ class Phase(enum.IntEnum):
     LOAD_WEIGHTS = 2
     COLLECT = 3
     COMMAND = 4
-    CONFIGURE = 5
-    TEARDOWN = 6
-    UNKNOWN = 7
+    TEARDOWN = 5
+    UNKNOWN = 6
 
 
 _PHASE, _PROGRESS, _SINCE, _VERSION, _BEGUN, _COMMITTED, _RSS, _COMMANDS = range(8)
-_NUM_WORDS = 8
+_SUSPECT, _SUSPECT_VERSION = 8, 9
+_NUM_WORDS = 10
 _PHASES = tuple(Phase)
 _WORD = (1 << 64) - 1
 MAX_COUNT = (1 << 63) - 1
@@ -97,6 +97,18 @@ class StatusLine:
     @version.setter
     def version(self, version: int) -> None:
         self._words[_VERSION] = version
+
+    @property
+    def suspected(self) -> tuple[int, int]:
+        """The number and version of the weights that a failure is to be blamed on."""
+        words = self._words
+        return min(words[_SUSPECT], MAX_COUNT), min(words[_SUSPECT_VERSION], MAX_COUNT)
+
+    def suspect(self, number: int, version: int) -> None:
+        """Say which weights a failure is to be blamed on."""
+        self._words[_SUSPECT_VERSION] = 0
+        self._words[_SUSPECT] = number
+        self._words[_SUSPECT_VERSION] = version
 
     @property
     def begun(self) -> int:

@@ -14,8 +14,6 @@ from keisei.events import (
     PoolScaled,
     PoolStarted,
     PoolStopped,
-    SettingsChanged,
-    SettingsRefused,
     UpdateCompleted,
     WeightsPushed,
     WorkerExited,
@@ -126,6 +124,8 @@ def _describe_pool(event: Event) -> tuple[int, str]:
             return logging.INFO, "the pool goes on"
         case PoolStopped():
             return logging.INFO, f"the pool stopped after {_count(event.num_incidents, 'incident')}"
+        case WeightsPushed():
+            return logging.DEBUG, f"weights version {event.version}: {event.num_bytes} bytes"
         case UpdateCompleted():
             metrics = "".join(
                 f", {name} {format_number(value, '.4g')}" for name, value in event.metrics.items()
@@ -136,22 +136,6 @@ def _describe_pool(event: Event) -> tuple[int, str]:
                 f"weights version {event.weights_version}, "
                 f"staleness {format_number(event.staleness, '.2f')}{metrics}"
             )
-        case _:
-            return _describe_what_was_told(event)
-
-
-def _describe_what_was_told(event: Event) -> tuple[int, str]:
-    match event:
-        case WeightsPushed():
-            return logging.DEBUG, f"weights version {event.version}: {event.num_bytes} bytes"
-        case SettingsChanged():
-            ids = event.worker_ids
-            whose = "all workers" if ids is None else f"workers {', '.join(map(str, ids))}"
-            names = ", ".join(event.names)
-            return logging.INFO, f"settings version {event.version} of {whose}: {names}"
-        case SettingsRefused():
-            text = f"{_who(event)}: {event.detail}"
-            return logging.WARNING, _with_blocks(text, ("traceback", event.traceback))
         case _:
             return logging.DEBUG, repr(event)
 
@@ -167,9 +151,7 @@ def _describe_suspicion(event: WorkerSuspected) -> str:
     return f"made no progress in {event.phase} for {seconds} s{state}"
 
 
-def _who(
-    event: WorkerStarted | WorkerReady | WorkerExited | WorkerSuspected | SettingsRefused,
-) -> str:
+def _who(event: WorkerStarted | WorkerReady | WorkerExited | WorkerSuspected) -> str:
     return f"worker {event.worker_id} (incarnation {event.incarnation})"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keisei.exceptions import SerializationError
@@ -12,7 +13,9 @@ from keisei.ipc.layout import Layout, Views
 from keisei.ipc.memory import NotShared
 from keisei.ipc.ring import CellRef, RingReader
 from keisei.protocol import messages
+from keisei.protocol.codec import MAX_INT
 from keisei.protocol.errors import ProtocolError
+from keisei.worker import MAIN
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,12 @@ _HEAVY = 1 << 14
 _MANY = 1000
 """Tensors of an experience above which they are made in a thread."""
 _NO_VIEWS = Views(Layout((), 0))
+_NO_VERSIONS: Mapping[str, int] = MappingProxyType({})
+
+
+def any_named(number: int) -> tuple[str, int]:
+    """Believe any version, where nothing is known of names."""
+    return str(number), MAX_INT
 
 
 class PendingBatch(NamedTuple):
@@ -41,7 +50,7 @@ class PendingBatch(NamedTuple):
         sequence: 0, 1, 2 … within the incarnation.
         version: The weights version that it was collected with.
         seed: The worker's seed.
-        settings_version: The version of the settings that it was collected with.
+        versions: The version of each name of weights that the worker had; not to be altered.
     """
 
     worker_id: int
@@ -54,7 +63,7 @@ class PendingBatch(NamedTuple):
     version: int
     seed: int
     tensors: dict[str, torch.Tensor] | None = None
-    settings_version: int = 0
+    versions: Mapping[str, int] = _NO_VERSIONS
 
     def opened(self) -> dict[str, torch.Tensor]:
         """Return the tensors; they keep the cell."""
@@ -68,7 +77,24 @@ class BatchParser:
         received: Experiences that were accepted.
     """
 
-    def __init__(self, worker_id: int, incarnation: int) -> None:
+    def __init__(
+        self,
+        worker_id: int,
+        incarnation: int,
+        newest_named: Callable[[int], tuple[str, int]] = any_named,
+    ) -> None:
+        """Begin with the first experience of an incarnation.
+
+        Args:
+            worker_id: The slot.
+            incarnation: The process of that slot.
+            newest_named: Tells, for the number of weights other than "main", their name and
+                newest version; raises LookupError where there are none.
+        """
+        self._newest_named = newest_named
+        self._named: dict[str, int] = {}
+        self._versions: Mapping[str, int] = _NO_VERSIONS
+        self._version = 0
         self.received = 0
         self._worker_id = worker_id
         self._incarnation = incarnation
@@ -81,13 +107,7 @@ class BatchParser:
         return len(payload) > _HEAVY or len(self._views.layout.fields) > _MANY
 
     def parse(
-        self,
-        payload: memoryview,
-        fds: Descriptors,
-        *,
-        outstanding: int,
-        newest_version: int,
-        newest_settings: int = 0,
+        self, payload: memoryview, fds: Descriptors, *, outstanding: int, newest_version: int
     ) -> PendingBatch:
         """Return the experience that a frame is about.
 
@@ -99,7 +119,6 @@ class BatchParser:
             fds: What came with it.
             outstanding: Experiences that the worker may still send.
             newest_version: The newest version of the weights.
-            newest_settings: The newest version of the settings that the worker was told.
 
         Raises:
             ProtocolError: The frame is malformed, or claims what cannot be.
@@ -107,7 +126,8 @@ class BatchParser:
         """
         frame: messages.ExperienceFrame = messages.unpack(payload, messages.EXPERIENCE, fds)
         try:
-            self._check_order(frame, outstanding, newest_version, newest_settings)
+            self._check_order(frame, outstanding, newest_version)
+            named = self._named if frame.named is None else self._checked(frame)
             views = self._views if frame.layout is None else self._views_of(frame.layout)
             if not views.layout.fields:
                 raise ProtocolError("an experience has no tensors, or none before it said which")
@@ -127,6 +147,10 @@ class BatchParser:
         tensors = views.on(memory) if is_heavy else None
         self.received += 1
         self._views = views
+        if named is not self._named or frame.version != self._version:
+            self._named, self._version = named, frame.version
+            main = {MAIN: frame.version} if frame.version else {}
+            self._versions = MappingProxyType(main | named)
         return PendingBatch(
             self._worker_id,
             self._incarnation,
@@ -138,15 +162,29 @@ class BatchParser:
             frame.version,
             frame.seed,
             tensors,
-            frame.settings_version,
+            self._versions,
         )
 
+    def _checked(self, frame: messages.ExperienceFrame) -> dict[str, int]:
+        """Return the versions of named weights that a frame claims, by name."""
+        named: dict[str, int] = {}
+        for number, version in frame.named or ():
+            try:
+                name, newest = self._newest_named(number)
+            except LookupError:
+                raise ProtocolError(
+                    f"experience {frame.sequence} names weights that there never were"
+                ) from None
+            if version > newest or name in named:
+                raise ProtocolError(
+                    f"experience {frame.sequence} was collected with version {version} of weights "
+                    f"{name!r}; the newest is {newest}"
+                )
+            named[name] = version
+        return named
+
     def _check_order(
-        self,
-        frame: messages.ExperienceFrame,
-        outstanding: int,
-        newest_version: int,
-        newest_settings: int,
+        self, frame: messages.ExperienceFrame, outstanding: int, newest_version: int
     ) -> None:
         if frame.sequence != self.received:
             raise ProtocolError(f"experience {frame.sequence} came in place of {self.received}")
@@ -156,11 +194,6 @@ class BatchParser:
             raise ProtocolError(
                 f"experience {frame.sequence} was collected with weights version {frame.version}; "
                 f"the newest is {newest_version}"
-            )
-        if frame.settings_version > newest_settings:
-            raise ProtocolError(
-                f"experience {frame.sequence} was collected with settings version "
-                f"{frame.settings_version}; it was told {newest_settings}"
             )
 
     def _views_of(self, layout: Layout) -> Views:

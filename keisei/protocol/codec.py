@@ -27,6 +27,7 @@ MAX_DIMS = 64
 
 _INT = struct.Struct("<q")
 _TEXT = struct.Struct("<I")
+_PAIR = struct.Struct("<qq")
 _FIELD = struct.Struct("<HBB")
 """Of a field of a layout: the lengths of its name and its dtype's, and its dimensions."""
 _DIMS = [struct.Struct(f"<{count}q") for count in range(MAX_DIMS + 1)]
@@ -121,27 +122,24 @@ class _Layout(Coder[Layout]):
         return read(raw), at + nbytes
 
 
-class _Entries(Coder[tuple[tuple[str, int], ...]]):
-    """Names, each with a number of bytes."""
+class _Pairs(Coder[tuple[tuple[int, int], ...]]):
+    """Pairs of numbers."""
 
-    def write(self, out: bytearray, value: tuple[tuple[str, int], ...]) -> None:
-        body = bytearray()
-        for name, nbytes in value:
-            TEXT.write(body, name)
-            INT.write(body, nbytes)
-        out += _TEXT.pack(len(body))
-        out += body
+    def write(self, out: bytearray, value: tuple[tuple[int, int], ...]) -> None:
+        out += _TEXT.pack(len(value))
+        for pair in value:
+            if min(pair) < 0:
+                raise ValueError("a number is negative")
+            out += _PAIR.pack(*pair)
 
-    def read(self, frame: Bytes, at: int) -> tuple[tuple[tuple[str, int], ...], int]:
-        (body_nbytes,) = _TEXT.unpack_from(frame, at)
+    def read(self, frame: Bytes, at: int) -> tuple[tuple[tuple[int, int], ...], int]:
+        (count,) = _TEXT.unpack_from(frame, at)
         at += _TEXT.size
-        body = cut(frame, at, body_nbytes)
-        entries, inside = [], 0
-        while inside < len(body):
-            name, inside = TEXT.read(body, inside)
-            nbytes, inside = INT.read(body, inside)
-            entries.append((name, nbytes))
-        return tuple(entries), at + body_nbytes
+        body = cut(frame, at, count * _PAIR.size)
+        pairs = tuple((first, second) for first, second in _PAIR.iter_unpack(body))
+        if min(map(min, pairs), default=0) < 0:
+            raise ValueError("a number is out of range")
+        return pairs, at + len(body)
 
 
 def _read_layout(raw: bytes) -> Layout:
@@ -169,7 +167,7 @@ def _read_layout(raw: bytes) -> Layout:
 
 _remembered_layout = lru_cache(maxsize=128)(_read_layout)
 
-INT, BOOL, TEXT, LAYOUT, ENTRIES = _Int(), _Bool(), _Text(), _Layout(), _Entries()
+INT, BOOL, TEXT, LAYOUT, PAIRS = _Int(), _Bool(), _Text(), _Layout(), _Pairs()
 OPTIONAL_INT = _Optional(INT)
 
 

@@ -20,7 +20,8 @@ from keisei.ipc.frame_reader import FrameReader
 from keisei.ipc.frame_writer import FrameWriter
 from keisei.ipc.status import Phase, StatusLine
 from keisei.protocol import messages
-from keisei.protocol.batches import BatchParser
+from keisei.protocol.announcer import UNREAD, Announcer, Shared
+from keisei.protocol.batches import BatchParser, any_named
 from keisei.protocol.endpoints import WorkerEndpoints
 from keisei.protocol.last_words import LastWords
 from keisei.protocol.receiver import LineOwner, Receiver
@@ -41,7 +42,6 @@ class Line:
         worker_id: The slot.
         incarnation: The process of that slot.
         status: What the worker says it is doing.
-        is_greeted: Whether the first frame was sent, which must come before any other.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Line:
         incarnation: int,
         max_queue_size: int,
         newest_version: Callable[[], int] = _any_version,
+        newest_named: Callable[[int], tuple[str, int]] = any_named,
     ) -> None:
         """Make the queues.
 
@@ -58,16 +59,16 @@ class Line:
             incarnation: The process of that slot.
             max_queue_size: Experiences that may wait.
             newest_version: Tells the newest weights version, which no experience can exceed.
+            newest_named: Tells, for the number of other weights, their name and newest version.
 
         Raises:
             OSError: There are no descriptors left; nothing is left open.
         """
         self.worker_id = worker_id
         self.incarnation = incarnation
-        self.is_greeted = False
         with contextlib.ExitStack() as undo:
             theirs, self.experience = _pair(0 if max_queue_size else None, undo, manual=True)
-            self.model, model = _pair(None, undo)
+            self.model, model = _pair(UNREAD, undo)
             self.control, control = _pair(None, undo)
             reply, self.reply = _pair(None, undo, manual=True)
             self.status = StatusLine()
@@ -75,11 +76,12 @@ class Line:
         self._theirs: WorkerEndpoints | None = WorkerEndpoints(
             control, model, reply, theirs, self.status
         )
+        self._announcer = Announcer(self.model, self._tell_work)
         self._requests = Requests(worker_id, incarnation)
         self._receiver = Receiver(
             self.experience,
             self.reply,
-            BatchParser(worker_id, incarnation),
+            BatchParser(worker_id, incarnation, newest_named),
             self._requests,
             newest_version,
         )
@@ -178,52 +180,25 @@ class Line:
                 )
             )
 
-    def announce(self, frame: Any, fd: int | None = None) -> None:
-        """Send a packed frame about weights, unless the worker is dying or has 200 of them unread.
+    def announce(self, key: object, frame: Any, memory: Shared | None = None) -> None:
+        """Send a packed frame about weights, in order and for sure; see ``Announcer.tell``."""
+        self._announcer.tell(key, frame, memory)
 
-        A worker that misses an announcement owes the newest weights all the same.
-        """
-        with contextlib.suppress(QueueWouldBlock, QueueEnded, QueueClosed):
-            self.model.put_nowait(frame, [] if fd is None else [fd])
-            self._tell_work()
-
-    def greet(self, hello: messages.Hello, settings: messages.Configure | None = None) -> None:
-        """Send the first frame, and the slot's settings, to a worker that is being started."""
-        self.is_greeted = True
-        self.send(hello)
-        if settings is not None:
-            self._receiver.settings_version = settings.version
-            self.send(settings)
-
-    def configure(self, version: int, frame: Any) -> asyncio.Future[None]:
-        """Have the worker take settings; return a future of its answer.
-
-        The future raises ``CommandError`` if the worker refuses them, ``WorkerLost`` if it dies.
-
-        Args:
-            version: Their version, higher than any before.
-            frame: The packed ``Configure``.
-        """
-        future = self._requests.open_settings(version)
-        if self._lost is not None:
-            future.set_exception(copy_of(self._lost))
-            return future
-        self._receiver.settings_version = version
-        with contextlib.suppress(QueueEnded, QueueClosed):  # the supervisor tells why it died
-            self._send(frame)
-        self._tell_work()
-        return future
-
-    def ask_for_version(self, version: int) -> asyncio.Future[int]:
+    def ask_for_version(self, number: int, version: int) -> asyncio.Future[int]:
         """Have the worker load weights; return a future of the version that it acknowledges.
 
         That is ``version`` or a newer one. The future raises ``WorkerLost`` if the worker dies.
+
+        Args:
+            number: Stands for the name of the weights.
+            version: The version that it is to have.
         """
-        future = self._requests.open_version(version)
+        future = self._requests.open_version(number, version)
         if self._lost is not None:
             future.set_exception(copy_of(self._lost))
         else:
-            self.announce(messages.pack(messages.Announcement(version, acknowledge=True)))
+            frame = messages.pack(messages.Announcement(number, version, acknowledge=True))
+            self._announcer.ask(frame)
         return future
 
     def _tell_work(self) -> None:
@@ -292,12 +267,12 @@ class Line:
             failure=failed.message if failed is not None else "",
             traceback=failed.traceback if failed is not None else None,
             phase=failed.phase if failed is not None else status.phase.name.lower(),
-            delivered=self.received,
             version=status.version,
             experiences_lost=max(0, status.begun - self.received),
             commands_lost=self._requests.num_unanswered,
             last_command=self._requests.name_of(status.command),
             rss=status.rss,
+            suspected=status.suspected,
         )
 
     def lose(self, error: WorkerError) -> None:
@@ -308,6 +283,7 @@ class Line:
         if self._lost is None:
             self._lost = error
             self._receiver.close()
+            self._announcer.close()
             self.model.close()
             self.control.close()
             if self._theirs is not None:

@@ -15,7 +15,7 @@ from keisei.ipc.layout import Layout
 from keisei.ipc.sizes import LARGE
 from keisei.ipc.wire import Payload
 from keisei.protocol import codec
-from keisei.protocol.codec import BOOL, ENTRIES, INT, LAYOUT, OPTIONAL_INT, TEXT, Bytes, Coder
+from keisei.protocol.codec import BOOL, INT, LAYOUT, OPTIONAL_INT, PAIRS, TEXT, Bytes, Coder
 from keisei.protocol.errors import ProtocolError
 
 # application -> worker, control queue
@@ -24,8 +24,8 @@ from keisei.protocol.errors import ProtocolError
 class Hello(NamedTuple):
     """The first frame: everything that a worker needs to begin. ``factory`` is pickled.
 
-    ``cells`` is how many experiences may be on their way at a time. With ``has_settings`` a
-    ``Configure`` with all settings of the slot comes next.
+    ``cells`` is how many experiences may be on their way at a time. ``has_weights`` tells that the
+    worker is to wait for ``Introduced``.
     """
 
     factory: Payload
@@ -40,7 +40,7 @@ class Hello(NamedTuple):
     paused: bool
     max_experiences: int | None
     max_rss: int | None
-    has_settings: bool = False
+    has_weights: bool = False
 
 
 class Command(NamedTuple):
@@ -57,18 +57,6 @@ class Pause(NamedTuple):
     sequence: int
 
 
-class Configure(NamedTuple):
-    """Settings that are new or have changed; answered between two experiences.
-
-    ``payload`` has their values, pickled, as ``protocol.settings`` packs them; ``entries`` has the
-    name and the bytes of each.
-    """
-
-    version: int
-    entries: tuple[tuple[str, int], ...]
-    payload: Payload
-
-
 class Resume(NamedTuple):
     """Collect again, as far as credits go."""
 
@@ -81,14 +69,36 @@ class Stop(NamedTuple):
 
 
 class Arena(NamedTuple):
-    """The weights' shared memory; comes with its descriptor."""
+    """Where weights lie: new shared memory, of a new name or in the place of its former one.
 
+    Comes with the memory's descriptor. ``number`` stands for the name in all other frames; 0 is
+    "main". ``edition`` counts the changes of the names, this one included.
+    """
+
+    number: int
+    edition: int
+    is_final: bool
+    name: str
     layout: Layout
+
+
+class Dropped(NamedTuple):
+    """There are no weights of this name any more."""
+
+    number: int
+    edition: int
+
+
+class Introduced(NamedTuple):
+    """The worker was sent all names that there are; comes with the descriptor of the board."""
+
+    edition: int
 
 
 class Announcement(NamedTuple):
     """A version was published; acknowledge with ``Applied`` if ``acknowledge``."""
 
+    number: int
     version: int
     acknowledge: bool
 
@@ -121,23 +131,10 @@ class ReplyError(NamedTuple):
     traceback: str
 
 
-class Configured(NamedTuple):
-    """The worker has the settings of this version."""
-
-    version: int
-
-
-class Refused(NamedTuple):
-    """``configure`` raised at the settings of this version; the worker has the former ones."""
-
-    version: int
-    message: str
-    traceback: str
-
-
 class Applied(NamedTuple):
-    """This version, and every older one, is applied or skipped."""
+    """This version of a name, and every older one, is applied or skipped."""
 
+    number: int
     version: int
 
 
@@ -164,7 +161,8 @@ class ExperienceFrame(NamedTuple):
 
     A new segment comes with its descriptor, and ``segment_nbytes`` is its size; else that is 0.
     ``layout`` is ``None`` where it is that of the frame before: it would be most of the frame.
-    ``info`` is pickled, ``None`` if empty.
+    ``info`` is pickled, ``None`` if empty. ``named`` are the numbers and versions of the other
+    weights that the worker had; ``None`` where they are those of the frame before.
     """
 
     sequence: int
@@ -177,34 +175,31 @@ class ExperienceFrame(NamedTuple):
     num_steps: int
     info: Payload | None
     seed: int
-    settings_version: int = 0
+    named: tuple[tuple[int, int], ...] | None = None
 
 
 Message = (
     Hello
     | Command
     | Pause
-    | Configure
     | Resume
     | Stop
     | Arena
+    | Dropped
+    | Introduced
     | Announcement
     | Ready
     | Reply
     | ReplyError
-    | Configured
-    | Refused
     | Applied
     | Failed
     | Goodbye
     | ExperienceFrame
 )
 
-CONTROL: frozenset[type[Any]] = frozenset({Hello, Command, Pause, Configure, Resume, Stop})
-MODEL: frozenset[type[Any]] = frozenset({Arena, Announcement})
-REPLY: frozenset[type[Any]] = frozenset(
-    {Ready, Reply, ReplyError, Configured, Refused, Applied, Failed, Goodbye}
-)
+CONTROL: frozenset[type[Any]] = frozenset({Hello, Command, Pause, Resume, Stop})
+MODEL: frozenset[type[Any]] = frozenset({Arena, Dropped, Introduced, Announcement})
+REPLY: frozenset[type[Any]] = frozenset({Ready, Reply, ReplyError, Applied, Failed, Goodbye})
 EXPERIENCE: frozenset[type[Any]] = frozenset({ExperienceFrame})
 """The kinds that each queue carries; any other in it is its sender's error."""
 
@@ -239,17 +234,16 @@ _FORMS = (
     ),
     _Form(Command, 1, (TEXT,), payload=2),
     _Form(Pause, 1),
-    _Form(Configure, 1, (ENTRIES,), payload=2),
     _Form(Resume, 0),
     _Form(Stop, 0),
-    _Form(Arena, 0, (LAYOUT,)),
-    _Form(Announcement, 1, (BOOL,)),
+    _Form(Arena, 2, (BOOL, TEXT, LAYOUT)),
+    _Form(Dropped, 2),
+    _Form(Introduced, 1),
+    _Form(Announcement, 2, (BOOL,)),
     _Form(Ready, 1, (BOOL,)),
     _Form(Reply, 1, payload=1),
     _Form(ReplyError, 1, (TEXT, TEXT)),
-    _Form(Configured, 1),
-    _Form(Refused, 1, (TEXT, TEXT)),
-    _Form(Applied, 1),
+    _Form(Applied, 2),
     _Form(Failed, 0, (TEXT, TEXT, TEXT, BOOL)),
     _Form(Goodbye, 0, (TEXT,)),
 )
@@ -257,7 +251,8 @@ _NUMBERS = {form.kind: number for number, form in enumerate(_FORMS)}
 _EXPERIENCE_NUMBER = len(_FORMS)
 _EXPERIENCE = struct.Struct("<BBHIqqqqqq")
 """Number, flags, cell and segment; sequence, version, stride, segment's size, steps and seed."""
-_HAS_LAYOUT, _HAS_INFO, _HAS_SETTINGS = 1, 2, 4
+_HAS_LAYOUT, _HAS_INFO, _HAS_NAMED = 1, 2, 4
+_WITH_DESCRIPTORS = frozenset({Arena, Introduced})
 
 
 def pack(message: Message) -> Payload:
@@ -338,18 +333,17 @@ def _read(frame: Bytes) -> tuple[Any, int, int]:
     if form.payload is not None:
         value, at = codec.read_payload(frame, at)
         fields.insert(form.payload, value)
-    return form.kind._make(fields), at, int(form.kind is Arena)
+    return form.kind._make(fields), at, int(form.kind in _WITH_DESCRIPTORS)
 
 
 def _pack_experience(message: ExperienceFrame) -> Payload:
-    sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed, told = (
+    sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed, named = (
         message
     )
-    if min(sequence, version, stride, segment_nbytes, steps, seed, told) < 0:
+    if min(sequence, version, stride, segment_nbytes, steps, seed) < 0:
         raise ValueError("a number is negative")
     flags = (_HAS_LAYOUT if layout is not None else 0) | (_HAS_INFO if info is not None else 0)
-    if told:
-        flags |= _HAS_SETTINGS
+    flags |= _HAS_NAMED if named is not None else 0
     head = _EXPERIENCE.pack(
         _EXPERIENCE_NUMBER,
         flags,
@@ -365,26 +359,26 @@ def _pack_experience(message: ExperienceFrame) -> Payload:
     if not flags:
         return head
     out = bytearray(head)
-    if told:
-        INT.write(out, told)
     if layout is not None:
         LAYOUT.write(out, layout)
+    if named is not None:
+        PAIRS.write(out, named)
     return bytes(out) if info is None else codec.write_payload(out, info)
 
 
 def _read_experience(frame: Bytes) -> tuple[Any, int, int]:
     fixed = _EXPERIENCE.unpack_from(frame)
     _, flags, cell, segment, sequence, version, stride, segment_nbytes, steps, seed = fixed
-    if min(fixed) < 0 or flags > _HAS_LAYOUT | _HAS_INFO | _HAS_SETTINGS:
+    if min(fixed) < 0 or flags > _HAS_LAYOUT | _HAS_INFO | _HAS_NAMED:
         raise ValueError("a number is out of range")
-    at, layout, info, told = _EXPERIENCE.size, None, None, 0
-    if flags & _HAS_SETTINGS:
-        told, at = INT.read(frame, at)
+    at, layout, info, named = _EXPERIENCE.size, None, None, None
     if flags & _HAS_LAYOUT:
         layout, at = LAYOUT.read(frame, at)
+    if flags & _HAS_NAMED:
+        named, at = PAIRS.read(frame, at)
     if flags & _HAS_INFO:
         info, at = codec.read_payload(frame, at)
     message = ExperienceFrame(
-        sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed, told
+        sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed, named
     )
     return message, at, int(segment_nbytes > 0)

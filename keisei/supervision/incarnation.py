@@ -51,8 +51,8 @@ class PoolPort(Protocol):
         """Called when a worker is ready: it may be given work from now on."""
         ...
 
-    def withdraw_weights(self, version: int, incident: Incident) -> None:
-        """Put the weights before ``version`` back."""
+    def withdraw_weights(self, number: int, version: int, incident: Incident) -> None:
+        """Put the weights before ``version`` back; ``number`` stands for their name."""
         ...
 
     def on_slot_closed(self, worker_id: int) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from keisei.config import RestartPolicy
 from keisei.events import ExitCause
-from keisei.supervision.slots import Slot, SlotStatus, SlotTable
+from keisei.supervision.slots import Blame, Slot, SlotStatus, SlotTable
 
 # what happened
 
@@ -42,8 +42,8 @@ class Exited:
     """A process ended, or could not be started.
 
     ``jitter`` is uniform in [0, 1). ``version`` is the weights version that may be to blame, 0
-    for none. ``raised`` tells that a start failed by an exception of the user's code, which a
-    second try would only repeat. ``raised_at_first`` tells the same of the first experience.
+    for none; ``weights`` stands for their name. ``raised`` tells that a start failed by an
+    exception of the user's code, which a second try would only repeat.
     """
 
     worker_id: int
@@ -52,7 +52,7 @@ class Exited:
     jitter: float = 0.0
     version: int = 0
     raised: bool = False
-    raised_at_first: bool = False
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +130,11 @@ class Escalate:
 
 @dataclass(frozen=True, slots=True)
 class Withdraw:
-    """Replace a weights version that kills its workers by the one before."""
+    """Replace a version of weights that kills its workers by the one before."""
 
     version: int
+    weights: int = 0
 
-
-FIRST_EXPERIENCE = "its first experience failed"
-"""The reason of an escalation: the mistake is in the program, as where the first start fails."""
 
 Action = Spawn | Schedule | End | GiveUp | Escalate | Withdraw
 
@@ -197,7 +195,7 @@ def _added(table: SlotTable, worker_id: int) -> SlotTable:
     if table.is_stopping:
         return table
     if slot is None:
-        return table.with_slot(worker_id, Slot(is_original=not table.was_complete))
+        return table.with_slot(worker_id, Slot())
     if slot.status.is_terminal:
         return table.with_slot(worker_id, Slot(incarnation=slot.incarnation))
     if slot.status is SlotStatus.ENDING and not slot.is_replaced:
@@ -288,8 +286,6 @@ def _failed(
         return _retry(table, slot, exit_, delay=0.0, actions=poison)
     if exit_.raised and not table.was_complete:
         return _escalated(table, worker_id, "its first start failed")
-    if exit_.raised_at_first and slot.is_original and slot.incarnation == 0:
-        return _escalated(table, worker_id, FIRST_EXPERIENCE)
     if not table.degrade and len(table.failures) > table.max_failures:
         reason = (
             f"more than {table.max_failures} failures in {policy.restart_window:g} s "
@@ -345,11 +341,13 @@ def _backoff(policy: RestartPolicy, in_a_row: int, jitter: float) -> float:
 def _poisoned(table: SlotTable, exit_: Exited) -> tuple[SlotTable, list[Action]]:
     """Count the distinct slots that failed on one version; withdraw it when they are too many."""
     threshold, version = table.poison_threshold, exit_.version
-    is_known = version <= table.withdrawn or version < table.blamed_version
+    known = table.blame.get(exit_.weights, Blame())
+    is_known = version <= known.withdrawn or version < known.version
     if threshold is None or version <= 1 or is_known:
         return table, []  # nothing is before version 1, and only the newest can be withdrawn
-    others = table.blamed_by if version == table.blamed_version else frozenset()
-    table = replace(table, blamed_version=version, blamed_by=others | {exit_.worker_id})
-    if len(table.blamed_by) < threshold:
-        return table, []
-    return replace(table, withdrawn=version), [Withdraw(version)]
+    others = known.by if version == known.version else frozenset()
+    blame = replace(known, version=version, by=others | {exit_.worker_id})
+    if len(blame.by) < threshold:
+        return table.with_blame(exit_.weights, blame), []
+    blame = replace(blame, withdrawn=version)
+    return table.with_blame(exit_.weights, blame), [Withdraw(version, exit_.weights)]

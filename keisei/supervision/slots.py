@@ -46,7 +46,6 @@ class Slot:
         in_a_row: Failures since its health was last proven.
         ready_since: When its process became ready; ``None`` while it is not.
         is_restart: Its next process takes the place of one that ended by itself.
-        is_original: It was there before the pool was complete for the first time.
         is_wanted_again: It was added again while its process was being ended; the next one
             starts when that is gone.
         is_replaced: Its process is being ended on request, and the next one takes its place.
@@ -58,9 +57,23 @@ class Slot:
     in_a_row: int = 0
     ready_since: float | None = None
     is_restart: bool = False
-    is_original: bool = False
     is_wanted_again: bool = False
     is_replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Which slots failed on the weights of one name.
+
+    Attributes:
+        version: The newest version that may be to blame for a failure; 0 is none.
+        by: Slots that failed on it.
+        withdrawn: The newest version that was withdrawn; 0 is none.
+    """
+
+    version: int = 0
+    by: frozenset[int] = frozenset()
+    withdrawn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +89,7 @@ class SlotTable:
         failures: When any slot failed, within the restart window.
         was_complete: Every slot has been running at the same time once.
         is_stopping: No process is started any more.
-        blamed_version: The newest weights version that may be to blame for a failure.
-        blamed_by: Slots that failed on it.
-        withdrawn: The newest version that was withdrawn.
+        blame: What is known about the weights of each name, by the name's number.
     """
 
     policy: RestartPolicy = field(default_factory=RestartPolicy)
@@ -89,13 +100,15 @@ class SlotTable:
     failures: tuple[float, ...] = ()
     was_complete: bool = False
     is_stopping: bool = False
-    blamed_version: int = 0
-    blamed_by: frozenset[int] = frozenset()
-    withdrawn: int = 0
+    blame: Mapping[int, Blame] = field(default_factory=lambda: MappingProxyType({}))
 
     def with_slot(self, worker_id: int, slot: Slot) -> SlotTable:
         """Return a table in which one slot is replaced."""
         return replace(self, slots=MappingProxyType({**self.slots, worker_id: slot}))
+
+    def with_blame(self, weights: int, blame: Blame) -> SlotTable:
+        """Return a table in which what is known about weights is replaced."""
+        return replace(self, blame=MappingProxyType({**self.blame, weights: blame}))
 
     @property
     def num_alive(self) -> int:

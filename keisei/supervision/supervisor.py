@@ -258,15 +258,16 @@ class Supervisor:
         incident = self._incident(one, verdict, words, exitcode)
         one.stop_watching()  # before a back-off begins to count
         worker_id = one.worker_id
+        number, version = words.suspected or (0, words.version)
         actions = self._advance(
             machine.Exited(
                 worker_id,
                 one.number,
                 verdict.cause,
                 jitter=self._random.random(),
-                version=words.version if verdict.blames_weights else 0,
+                version=version if verdict.blames_weights else 0,
+                weights=number,
                 raised=verdict.raised and verdict.cause is ExitCause.START_FAILED,
-                raised_at_first=verdict.raised and _is_at_its_first(words),
             )
         )
         if incident is not None:
@@ -346,8 +347,8 @@ class Supervisor:
     def _carry_out(self, actions: list[machine.Action], incident: Incident) -> None:
         for action in actions:
             match action:
-                case machine.Withdraw(version):
-                    self._port.withdraw_weights(version, incident)
+                case machine.Withdraw(version, number):
+                    self._port.withdraw_weights(number, version, incident)
                 case machine.GiveUp(worker_id):
                     self._publish(events.WorkerGivenUp(worker_id, incident))
                 case machine.Escalate(_, reason):
@@ -357,11 +358,9 @@ class Supervisor:
 
     def _escalate(self, incident: Incident, reason: str) -> None:
         failure: Exception
-        is_first_start = incident.cause is ExitCause.START_FAILED and not self._table.was_complete
-        if is_first_start or reason == machine.FIRST_EXPERIENCE:
-            what = "could not start" if is_first_start else "failed in its first collect()"
+        if incident.cause is ExitCause.START_FAILED and not self._table.was_complete:
             failure = WorkerStartError(
-                f"worker {incident.worker_id} {what}: {incident.detail}",
+                f"worker {incident.worker_id} could not start: {incident.detail}",
                 incident.worker_id,
                 incident.incarnation,
                 incident.exitcode,
@@ -373,11 +372,6 @@ class Supervisor:
             )
         self._publish(events.PoolEscalated(incident))
         self.fail(failure)
-
-
-def _is_at_its_first(words: LastWords) -> bool:
-    """Return whether a process ended in its first ``collect``, and had no weights to blame."""
-    return words.phase == "collect" and words.delivered == 0 and words.version <= 1
 
 
 def _lost(one: Incarnation, why: str, incident: Incident | None = None) -> WorkerLost:

@@ -11,6 +11,7 @@ from torch import nn
 from keisei.training.action_heads import make_action_head
 from keisei.training.encoding import ACTION_MASK, Encoder, without_action_mask
 from keisei.training.legal_actions import LegalActions
+from keisei.training.normalization import RewardNormalizer
 from keisei.training.rollouts import Observations
 from keisei.training.sampling import Allowed, one_of
 from keisei.training.spaces import Space
@@ -64,6 +65,11 @@ class ActorCritic(nn.Module):
         action_space: Of one environment: ``Discrete``, ``MultiDiscrete``, ``MultiBinary`` or a
             ``Box`` of floats.
         hidden_sizes: Units of the hidden layers, of the actor and of the critic alike.
+        normalize_observations: Whether ``Box`` leaves are centred and scaled by statistics of
+            what the learner has seen, and clipped to ±10; one-hot codes and bits stay. The learner
+            calls ``update_statistics``.
+        normalize_rewards: Whether there is a ``reward_normalizer`` for the learner, whose
+            statistics are pushed and saved with the weights.
 
     Raises:
         ConfigurationError: A space of another kind.
@@ -75,11 +81,15 @@ class ActorCritic(nn.Module):
         action_space: Space[Any],
         *,
         hidden_sizes: Sequence[int] = (64, 64),
+        normalize_observations: bool = False,
+        normalize_rewards: bool = False,
     ) -> None:
         super().__init__()
         self.head = make_action_head(action_space)
         observation_space, self._has_mask = without_action_mask(observation_space, self.head)
         self._encoder = Encoder(observation_space)
+        self.normalizer = self._encoder.make_normalizer() if normalize_observations else None
+        self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
         sizes = [self._encoder.size, *hidden_sizes]
         self.hidden = TwinNetwork(sizes)
         self.actor_output = output_layer(sizes[-1], self.head.num_inputs, gain=0.01)
@@ -153,9 +163,24 @@ class ActorCritic(nn.Module):
         log_probs, entropies = self.head.evaluate(outputs, actions, allowed=allowed)
         return log_probs, entropies, values
 
+    def update_statistics(self, observations: Observations) -> None:
+        """Count observations for their normalisation, if there is any; for the learner alone.
+
+        Args:
+            observations: ``[..., *shape]``, or a mapping of such tensors: each once, and only those
+                of true steps.
+
+        Raises:
+            ValueError: A number is not finite; nothing is changed.
+        """
+        if self.normalizer is not None:
+            self.normalizer.update(self._encoder(observations))
+
     def forward(self, observations: Observations) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the actor's outputs ``[B, n]`` (logits, or means) and the values ``[B]``."""
         features = self._encoder(observations)
+        if self.normalizer is not None:
+            features = self.normalizer(features)
         actor, critic = self.hidden(features.expand(2, -1, -1)).unbind()
         return self.actor_output(actor), self.critic_output(critic).squeeze(-1)
 

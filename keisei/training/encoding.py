@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from keisei.training.action_heads import ActionHead
+from keisei.training.normalization import ObservationNormalizer
 from keisei.training.rollouts import Observations
 from keisei.training.spaces import (
     Box,
@@ -68,6 +69,12 @@ class Encoder:
         if self._is_plain:
             return observations.float()
         return _encode(observations, self._leaves[0].space)
+
+    def make_normalizer(self) -> ObservationNormalizer:
+        """Make a normaliser of the encoded vectors that scales what comes from ``Box`` leaves."""
+        spaces = [leaf.space for leaf in self._leaves]
+        parts = [torch.full((_encoded_size(one),), isinstance(one, Box)) for one in spaces]
+        return ObservationNormalizer(self.size, is_scaled=torch.cat(parts))
 
 
 def _encoded_size(space: Space[Any]) -> int:

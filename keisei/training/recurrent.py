@@ -12,6 +12,7 @@ from keisei.exceptions import ConfigurationError
 from keisei.training.action_heads import make_action_head
 from keisei.training.encoding import ACTION_MASK, Encoder, without_action_mask
 from keisei.training.legal_actions import LegalActions
+from keisei.training.normalization import RewardNormalizer
 from keisei.training.rollouts import Observations
 from keisei.training.sampling import Allowed, one_of
 from keisei.training.spaces import Space
@@ -39,6 +40,8 @@ class RecurrentActorCritic(nn.Module):
         hidden_sizes: Units of the layers before the memory; there may be none.
         state_size: Units of the memory, of the actor and of the critic alike.
         cell: ``"lstm"`` or ``"gru"``.
+        normalize_observations: As for ``ActorCritic``.
+        normalize_rewards: As for ``ActorCritic``.
 
     Raises:
         ConfigurationError: A space of another kind, or no such cell.
@@ -52,6 +55,8 @@ class RecurrentActorCritic(nn.Module):
         hidden_sizes: Sequence[int] = (64,),
         state_size: int = 64,
         cell: str = "lstm",
+        normalize_observations: bool = False,
+        normalize_rewards: bool = False,
     ) -> None:
         super().__init__()
         if cell not in _GATES:
@@ -59,6 +64,8 @@ class RecurrentActorCritic(nn.Module):
         self.head = make_action_head(action_space)
         observation_space, self._has_mask = without_action_mask(observation_space, self.head)
         self._encoder = Encoder(observation_space)
+        self.normalizer = self._encoder.make_normalizer() if normalize_observations else None
+        self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
         sizes = [self._encoder.size, *hidden_sizes]
         self.hidden = TwinNetwork(sizes)
         self.memory = _TwinCell(sizes[-1], state_size, cell)
@@ -112,7 +119,7 @@ class RecurrentActorCritic(nn.Module):
         self, observations: Observations, state: torch.Tensor, episode_starts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Give the actor's outputs ``[B, n]``, the values ``[B]`` and the new state."""
-        features = self._encoder(observations).unsqueeze(0)
+        features = self._features(observations).unsqueeze(0)
         outputs, values, state = self._run(features, state, episode_starts.unsqueeze(0))
         return outputs.squeeze(0), values.squeeze(0), state
 
@@ -142,7 +149,7 @@ class RecurrentActorCritic(nn.Module):
         Raises:
             ValueError: As for ``ActorCritic.evaluate``.
         """
-        features = self._encoder(observations)
+        features = self._features(observations)
         outputs, values, _ = self._run(features, states, episode_starts)
         allowed = self._allowed(observations, action_mask, legal_actions)
         if isinstance(allowed, torch.Tensor):
@@ -151,12 +158,29 @@ class RecurrentActorCritic(nn.Module):
         log_probs, entropies = (one.reshape(values.shape) for one in judged)
         return log_probs, entropies, values
 
+    def update_statistics(self, observations: Observations) -> None:
+        """Count observations for their normalisation, if there is any; for the learner alone.
+
+        Args:
+            observations: ``[..., *shape]``, or a mapping of such tensors: each once, and only those
+                of true steps.
+
+        Raises:
+            ValueError: A number is not finite; nothing is changed.
+        """
+        if self.normalizer is not None:
+            self.normalizer.update(self._encoder(observations))
+
     def forward(
         self, observations: Observations, states: torch.Tensor, episode_starts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the actor's outputs ``[T, N, n]`` and the values ``[T, N]`` of whole rollouts."""
-        outputs, values, _ = self._run(self._encoder(observations), states, episode_starts)
+        outputs, values, _ = self._run(self._features(observations), states, episode_starts)
         return outputs, values
+
+    def _features(self, observations: Observations) -> torch.Tensor:
+        features = self._encoder(observations)
+        return features if self.normalizer is None else self.normalizer(features)
 
     def _run(
         self, features: torch.Tensor, state: torch.Tensor, episode_starts: torch.Tensor

@@ -47,7 +47,7 @@ async def test_a_model_ends_up_as_by_its_own_load_state_dict(kind):
             learner = built(kind, seed)
             twin.load_state_dict(learner.state_dict())
             version = await stage.publish(learner.state_dict())
-            assert await stage.said() == messages.Applied(version)
+            assert await stage.said() == messages.Applied(0, version)
             (model,) = child_models.BUILT
             assert equal(seen(model), seen(twin))
             assert not equal(seen(model), seen(built(kind)))
@@ -84,7 +84,7 @@ async def test_names_that_share_memory_get_what_load_state_dict_gives_them(kind,
     async with fail_after(LIMIT), on_stage() as stage:
         await stage.hello(partial(child_workers.Holding, partial(child_models.remembered, kind)))
         await stage.said()
-        assert await stage.said_after_publishing(weights) == messages.Applied(1)
+        assert await stage.said_after_publishing(weights) == messages.Applied(0, 1)
         (model,) = child_models.BUILT
         assert equal(seen(model), seen(twin))
 
@@ -148,7 +148,7 @@ async def test_a_lazy_model_takes_its_shapes_from_the_weights():
         models = partial(child_workers.Holding, _remember_a_lazy_one)
         await stage.hello(models)
         await stage.said()
-        assert await stage.said_after_publishing(weights) == messages.Applied(1)
+        assert await stage.said_after_publishing(weights) == messages.Applied(0, 1)
         (model,) = child_models.BUILT
         assert torch.equal(model.lazy.weight, torch.ones(2, 3))
 

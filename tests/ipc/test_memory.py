@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gc
 import mmap
 import os
 import socket
 from pathlib import Path
 
 import pytest
-import torch
 
 import ipc_helpers
 from ipc_helpers import open_fds, process
@@ -188,19 +186,6 @@ def test_read_only_memory_is_written_by_its_maker_alone():
     os.close(again)
     os.close(fd)
     assert mine[:3] == b"abc"
-
-
-def test_a_read_only_mapping_is_seen_by_torch_without_a_warning(recwarn):
-    """A tensor on it shows what its maker writes, and keeps the mapping alive."""
-    fd, mine = memory.create(PAGE, writable=False)
-    window = memory.readable(memory.attach(fd, PAGE, writable=False))
-    tensor = torch.frombuffer(window, dtype=torch.uint8)
-    del window
-    gc.collect()
-    mine[10] = 77
-    assert tensor[10] == 77
-    assert len(tensor) == PAGE
-    assert not recwarn.list
 
 
 @SEALS

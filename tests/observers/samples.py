@@ -16,8 +16,6 @@ from keisei.events import (
     PoolScaled,
     PoolStarted,
     PoolStopped,
-    SettingsChanged,
-    SettingsRefused,
     UpdateCompleted,
     WeightsPushed,
     WorkerExited,
@@ -95,8 +93,6 @@ EVERY_EVENT: tuple[Event, ...] = (
     PoolPaused(),
     PoolResumed(),
     PoolScaled(1),
-    SettingsChanged(4, ("level", "map"), (0, 2)),
-    SettingsRefused(2, 1, 4, "it refused: ValueError: no", "Trace\n  …\n"),
     WorkerExited(1, 0, ExitCause.REQUESTED),
     PoolStopped(0),
 )

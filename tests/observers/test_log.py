@@ -36,11 +36,6 @@ EXPECTED = [
     ("INFO", "the pool is paused"),
     ("INFO", "the pool goes on"),
     ("INFO", "the pool has 1 worker now"),
-    ("INFO", "settings version 4 of workers 0, 2: level, map"),
-    (
-        "WARNING",
-        "worker 2 (incarnation 1): it refused: ValueError: no\n  traceback:\n    Trace\n      …",
-    ),
     ("INFO", "worker 1 (incarnation 0) ended: requested"),
     ("INFO", "the pool stopped after 0 incidents"),
 ]

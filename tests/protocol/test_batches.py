@@ -129,7 +129,6 @@ LIES = {
     "an enormous stride": {"stride": (1 << 63) - 1},
     "tensors beyond the cell": {"layout": describe({"x": torch.zeros(1 << 20)})},
     "no tensors": {"layout": Layout.of([])},
-    "settings that it was not told": {"settings_version": 1},
     "a segment without its descriptor": {"segment_nbytes": 2 * PAGE},
     "an info that is no pickle": {"info": b"nonsense"},
     "an info that is no dict": {"info": serialize.dumps([1])},
@@ -361,6 +360,9 @@ def test_any_lie_in_any_field_is_refused_or_harmless(data):
             value = data.draw(st.none() | st.just(Layout.of([("x", torch.float32, shape)])))
         elif name == "info":
             value = data.draw(st.none() | st.binary(max_size=50))
+        elif name == "named":
+            pairs = st.tuples(st.integers(0, 3), st.integers(0, (1 << 63) - 1))
+            value = data.draw(st.none() | st.lists(pairs, max_size=3).map(tuple))
         else:
             bits = {"cell": 16, "segment": 32}.get(name, 63)
             value = data.draw(st.integers(0, 100) | st.integers(0, (1 << bits) - 1))

@@ -33,26 +33,26 @@ FRAME = messages.ExperienceFrame(
 )
 LAYOUT = Layout.of([("w", torch.float32, (2, 3)), ("", torch.bool, ()), ("none", torch.int8, (0,))])
 SAMPLES = [
-    messages.Hello(b"factory", 1, 2, 3, 4, "cpu", 5, 6, 7, True, None, 8),
+    messages.Hello(b"factory", 1, 2, 3, 4, "cpu", 5, 6, 7, True, None, 8, True),
     messages.Command(1, "echo", b"data"),
     messages.Pause(2),
-    messages.Configure(3, (("level", 5), ("", 0)), b"value"),
     messages.Resume(),
     messages.Stop(),
-    messages.Arena(LAYOUT),
-    messages.Announcement(3, acknowledge=True),
+    messages.Arena(1, 2, True, "name", LAYOUT),
+    messages.Announcement(2, 3, acknowledge=True),
+    messages.Dropped(4, 5),
+    messages.Introduced(6),
     messages.Ready(4, takes_weights=False),
     messages.Reply(5, b"value"),
     messages.ReplyError(6, "message", "traceback \ud800 \N{MUSICAL SYMBOL G CLEF}"),
-    messages.Configured(6),
-    messages.Refused(6, "message", "traceback"),
-    messages.Applied(7),
+    messages.Applied(3, 7),
     messages.Failed("collect", "message", "traceback", during_start=False),
     messages.Goodbye("it is old"),
     FRAME,
+    FRAME._replace(named=()),
+    FRAME._replace(named=((1, 2), (1 << 40, 3))),
     FRAME._replace(layout=LAYOUT, info=b"pickled", segment_nbytes=1 << 20),
     FRAME._replace(layout=Layout.of([])),
-    FRAME._replace(settings_version=12, layout=LAYOUT),
 ]
 
 
@@ -87,11 +87,11 @@ MESSAGES = st.one_of(
     ),
     st.builds(messages.Command, INTS, TEXTS, PAYLOADS),
     st.builds(messages.Pause, INTS),
-    st.builds(messages.Configure, INTS, st.lists(st.tuples(TEXTS, INTS)).map(tuple), PAYLOADS),
-    st.builds(messages.Configured, INTS),
-    st.builds(messages.Refused, INTS, TEXTS, TEXTS),
-    st.builds(messages.Arena, LAYOUTS),
-    st.builds(messages.Announcement, INTS, st.booleans()),
+    st.builds(messages.Arena, INTS, INTS, st.booleans(), TEXTS, LAYOUTS),
+    st.builds(messages.Dropped, INTS, INTS),
+    st.builds(messages.Introduced, INTS),
+    st.builds(messages.Announcement, INTS, INTS, st.booleans()),
+    st.builds(messages.Applied, INTS, INTS),
     st.builds(messages.Ready, INTS, st.booleans()),
     st.builds(messages.Reply, INTS, PAYLOADS),
     st.builds(messages.ReplyError, INTS, TEXTS, TEXTS),
@@ -109,7 +109,7 @@ MESSAGES = st.one_of(
         INTS,
         st.none() | PAYLOADS,
         INTS,
-        INTS,
+        st.none() | st.lists(st.tuples(INTS, INTS), max_size=3).map(tuple),
     ),
 )
 
@@ -166,9 +166,11 @@ def test_a_large_payload_is_neither_joined_nor_copied(make):
         FRAME._replace(cell=1 << 16),
         FRAME._replace(segment=1 << 32),
         FRAME._replace(layout=Layout.of([("x" * (1 << 16), torch.int8, ())])),
-        messages.Applied(-1),
+        messages.Applied(0, -1),
         messages.Pause(1 << 63),
-        messages.Arena(Layout.of([("x", torch.int8, (1,) * 300)])),
+        messages.Arena(0, 0, False, "", Layout.of([("x", torch.int8, (1,) * 300)])),
+        FRAME._replace(named=((1, -1),)),
+        FRAME._replace(named=((1, 1 << 63),)),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_sender(message):
@@ -285,8 +287,8 @@ def layout_frame(*fields: tuple[bytes, bytes, tuple[int, ...]]) -> bytes:
         + struct.pack(f"<{len(shape)}q", *shape)
         for name, dtype, shape in fields
     )
-    number = messages.pack(messages.Arena(LAYOUT))[0]
-    return bytes([number]) + struct.pack("<I", len(body)) + body
+    head = messages.pack(messages.Arena(1, 2, True, "name", Layout((), 0)))
+    return head[: -len(struct.pack("<I", 0))] + struct.pack("<I", len(body)) + body
 
 
 @pytest.mark.parametrize(
@@ -324,8 +326,10 @@ def test_the_layouts_above_differ_from_a_right_one_in_that():
 @pytest.mark.parametrize(
     ("message", "number"),
     [
-        (messages.Arena(LAYOUT), 1),
-        (messages.Announcement(1, acknowledge=False), 0),
+        (messages.Arena(1, 2, True, "name", LAYOUT), 1),
+        (messages.Introduced(1), 1),
+        (messages.Dropped(1, 1), 0),
+        (messages.Announcement(0, 1, acknowledge=False), 0),
         (messages.Reply(1, b""), 0),
         (FRAME, 0),
         (FRAME._replace(segment_nbytes=8192), 1),

@@ -155,8 +155,8 @@ class FakePort:
     def on_ready(self, line: Line) -> None:
         self.told.append(("on_ready", line.worker_id, line.incarnation))
 
-    def withdraw_weights(self, version: int, incident: Incident) -> None:
-        self.told.append(("withdraw_weights", version, incident))
+    def withdraw_weights(self, number: int, version: int, incident: Incident) -> None:
+        self.told.append(("withdraw_weights", number, version, incident))
 
     def on_failed(self) -> None:
         self.told.append(("on_failed",))

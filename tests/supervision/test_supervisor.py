@@ -690,7 +690,7 @@ async def test_weights_that_kill_are_withdrawn(crew):
         scene.handle(worker_id).exit(-11)
         await turn()
     assert scene.told("withdraw_weights") == [
-        ("withdraw_weights", 4, scene.supervisor.incidents[1])
+        ("withdraw_weights", 0, 4, scene.supervisor.incidents[1])
     ]
     await scene.stop()
 

@@ -104,7 +104,7 @@ class Actor:
                 "model",
                 functools.partial(
                     self.line.model.put_nowait,
-                    messages.pack(messages.Announcement(1, False)),
+                    messages.pack(messages.Announcement(0, 1, acknowledge=False)),
                 ),
             ),
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from keisei.naming import public
@@ -43,8 +43,9 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
         weights_version: The version that it was collected with; 0 is none.
         staleness: Versions pushed since, when it was delivered (the policy lag).
         seed: The worker's seed.
-        settings_version: The version of the settings that it was collected with; 0 is those that
-            the manager began with.
+        weights_versions: The version of each name of weights that the worker had taken: those that
+            its models were filled with, and those that it asked for. ``weights_version`` is that
+            of "main".
         parts: What ``cat`` joined, in order: each batch's provenance and info, without tensors.
             Empty for a batch that a worker sent.
     """
@@ -58,7 +59,7 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
     weights_version: int = 0
     staleness: int = 0
     seed: int = 0
-    settings_version: int = 0
+    weights_versions: Mapping[str, int] = field(default_factory=dict)
     parts: tuple[ExperienceBatch, ...] = ()
 
     __eq__ = object.__eq__
@@ -77,7 +78,7 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
             pending.version,
             max(0, newest_version - pending.version),
             pending.seed,
-            pending.settings_version,
+            weights_versions=dict(pending.versions),
         )
 
     @classmethod

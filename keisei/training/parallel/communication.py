@@ -22,6 +22,7 @@ from keisei.protocol.receiver import QuietOwner
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.weights_source import WeightsSource
+from keisei.worker import MAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,12 @@ class WorkerCommunicator:
         return ends
 
     def _line(self, worker_id: int, incarnation: int) -> Line:
-        return Line(worker_id, incarnation, self.max_queue_size)
+        return Line(
+            worker_id,
+            incarnation,
+            self.max_queue_size,
+            newest_named=self.synchronizer.newest_named,
+        )
 
     # commands
 
@@ -234,6 +240,7 @@ class WorkerCommunicator:
         self,
         weights: WeightsSource,
         *,
+        name: str = MAIN,
         wait: bool = False,
         worker_ids: Iterable[int] | None = None,
         timeout: float | None = None,
@@ -245,6 +252,7 @@ class WorkerCommunicator:
 
         Args:
             weights: A module, a state dict with dense tensors on any device, or a snapshot.
+            name: The name of the weights.
             wait: Also wait until workers have applied this version or a newer one.
             worker_ids: For whom to wait; ``None`` for all that live.
             timeout: Seconds for the wait; ``None`` takes the communicator's.
@@ -254,10 +262,10 @@ class WorkerCommunicator:
                 worker has nothing to load them into.
             CommandTimeout: A worker has not applied the version in time; it is published.
         """
-        version = await self.synchronizer.push(weights)
+        version = await self.synchronizer.push(weights, name)
         if wait:
             limit = self.timeout if timeout is None else timeout
-            await self.synchronizer.wait_applied(version, worker_ids, timeout=limit)
+            await self.synchronizer.wait_applied(version, worker_ids, timeout=limit, name=name)
         return version
 
     # experiences, where no manager takes them

@@ -19,13 +19,13 @@ from keisei.ipc.event_loop import require_asyncio
 from keisei.observers import Observer
 from keisei.supervision.shutdown import to_completion
 from keisei.training.parallel.factory import pickle_factory
+from keisei.training.parallel.named_weights import named_models
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import Learner, first_weights
 from keisei.training.parallel.seeds import draw_root
-from keisei.training.parallel.settings import SettingsBook, SettingsSource
 from keisei.training.parallel.streams import EventHub
 from keisei.training.parallel.weights_source import WeightsSource
-from keisei.worker import Worker
+from keisei.worker import MAIN, Worker
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,8 @@ class Lifecycle:
         worker: Callable[[], Worker],
         *,
         model: torch.nn.Module | None = None,
+        models: Mapping[str, WeightsSource] | None = None,
         learner: Learner | None = None,
-        settings: SettingsSource | None = None,
         config: ParallelConfig | Mapping[str, Any] | None = None,
         observers: Iterable[Observer] = (),
         backend: Backend | None = None,
@@ -61,11 +61,10 @@ class Lifecycle:
         Args:
             worker: A picklable callable without arguments that returns a ``Worker``: a class of
                 a module, or a ``functools.partial`` of one. Called once in each process.
-            model: Its state dict is weights version 1.
-            learner: For ``run``. Without a ``model`` its state dict is weights version 1.
-            settings: What workers begin with, as ``context.settings``: picklable values by name,
-                or a callable that returns them for a worker id, which is how workers get
-                different environments. ``configure`` changes them.
+            model: Its state dict is version 1 of the weights "main".
+            models: Modules or state dicts by name of weights, version 1 of each; "main" is what
+                ``model`` is.
+            learner: For ``run``. Without a ``model`` its state dict is version 1 of "main".
             config: A ``ParallelConfig``, or a mapping that validates to one.
             observers: Objects with ``on_event(event)``, called for every event.
             backend: Starts the workers, in the place of the one that ``config.backend`` names;
@@ -73,15 +72,13 @@ class Lifecycle:
 
         Raises:
             ConfigurationError: The configuration cannot work; every problem is listed.
-            SerializationError: ``worker``, or one of the settings, cannot be sent to a process.
-            TypeError: ``worker`` is not callable, or ``settings`` are no mapping with names that
-                are text.
+            SerializationError: ``worker`` cannot be sent to a process.
+            WeightsError: A key of ``models`` is no name, or there are two of "main".
         """
         self.config = ParallelConfig.of(config)
         in_processes = backend is not None or self.config.backend != "inline"
         self._factory = pickle_factory(worker, for_processes=in_processes)
-        self._settings = SettingsBook(settings, self.config.num_workers)
-        self._model = model
+        self._models = named_models(model, models)
         self._learner = learner
         self._backend = backend
         self._hub = EventHub(observers)
@@ -132,12 +129,7 @@ class Lifecycle:
         self._state = _State.STARTING
         self._started_at = time.monotonic()
         pool = self._pool = Pool(
-            self.config,
-            self._factory,
-            self._seed,
-            self._hub.publish,
-            self._backend,
-            self._settings,
+            self.config, self._factory, self._seed, self._hub.publish, self._backend
         )
         self._if_dropped = weakref.finalize(self, _dropped, pool, self._loop)
         self._if_dropped.atexit = False  # workers end with the application
@@ -145,12 +137,14 @@ class Lifecycle:
             await pool.backend.open()
             if self._stop_requested:
                 pool.over.set()
-            first: WeightsSource | None = self._model
-            if first is None and self._learner is not None:
+            first = self._models
+            if MAIN not in first and self._learner is not None:
                 grace = self.config.shutdown_timeout
-                first = await first_weights(self._learner, grace=grace, wait_over=self.wait_over)
-            if first is not None and self._stopping is None:
-                await pool.synchronizer.push(first)
+                own = await first_weights(self._learner, grace=grace, wait_over=self.wait_over)
+                first = {MAIN: own, **first}
+            for name, weights in first.items():
+                if self._stopping is None:
+                    await pool.synchronizer.push(weights, name)
             await pool.fill()
         except BaseException:
             await self.stop()

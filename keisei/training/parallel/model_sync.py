@@ -14,9 +14,11 @@ from keisei.ipc.threads import to_the_end
 from keisei.naming import public
 from keisei.protocol.line import Line
 from keisei.training.parallel import snapshots
-from keisei.training.parallel.published import PublishedWeights
+from keisei.training.parallel.named_weights import NamedWeights
+from keisei.training.parallel.published import PublishedWeights, Pushed
 from keisei.training.parallel.snapshots import PackedTensor, PreparedModel, SyncMetadata
 from keisei.training.parallel.weights_source import WeightsSource, state_of
+from keisei.worker import MAIN
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,7 @@ class SyncStats:
     num_not_finite: int = 0
 
 
-def _ignore(version: int, num_bytes: int) -> None:
+def _ignore(name: str, version: int, num_bytes: int) -> None:
     """Stand in where nobody needs to hear of a push."""
 
 
@@ -62,7 +64,8 @@ class ModelSynchronizer:
     """Owns weights: when they are due, their versions, what workers see of them, and snapshots.
 
     A pool has one. ``push`` copies tensors once into memory that all workers share and gives them
-    a version, 1 for the first; every worker takes the newest before its next experience.
+    a version, 1 for the first; every worker takes the newest before its next experience. Weights
+    have names, each with a layout and versions of its own; those without one are "main".
     Alone, without workers, it makes and applies snapshots.
 
     Args:
@@ -71,11 +74,12 @@ class ModelSynchronizer:
             memory never are.
         check_finite: Count the pushes that hold NaN or infinity.
         lines: The workers' lines, by worker id; always as they are now.
-        on_pushed: Called in the event loop with each new version and its bytes.
+        on_pushed: Called in the event loop with the name, number and bytes of each new version.
         clock: Time of day in seconds, for the timestamp of a snapshot.
 
     Attributes:
         newest_version: A function that returns ``version``, for whoever asks at every batch.
+        newest_named: A function that returns name and newest version for the number of weights.
 
     Raises:
         ConfigurationError: If ``sync_interval`` is below 1.
@@ -88,7 +92,7 @@ class ModelSynchronizer:
         *,
         check_finite: bool = False,
         lines: Mapping[int, Line] = MappingProxyType({}),
-        on_pushed: Callable[[int, int], None] = _ignore,
+        on_pushed: Callable[[str, int, int], None] = _ignore,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if sync_interval < 1:
@@ -98,13 +102,10 @@ class ModelSynchronizer:
         self._lines = lines
         self._on_pushed = on_pushed
         self._clock = clock
-        self._weights = PublishedWeights(
-            check_finite=check_finite,
-            on_arena=self._introduce_all,
-            on_published=self._published,
-        )
-        self._poisoned: PoisonedWeights | None = None
-        self.newest_version = self._weights.newest_version
+        self._weights = NamedWeights(lines, check_finite=check_finite, on_pushed=self._published)
+        self._poisoned: dict[str, PoisonedWeights] = {}
+        self.newest_version = self._weights.main.newest_version
+        self.newest_named = self._weights.newest_of
         self._last_sync_step = 0
         self._syncs_completed = 0
         self._models_prepared = 0
@@ -140,11 +141,20 @@ class ModelSynchronizer:
 
     @property
     def version(self) -> int:
-        """The newest version; 0 is none."""
-        return self._weights.newest_version()
+        """The newest version of "main"; 0 is none."""
+        return self.newest_version()
 
-    async def push(self, weights: WeightsSource) -> int:
-        """Publish weights to all workers and return their version.
+    def version_of(self, name: str) -> int:
+        """Return the newest version of a name, also after it was dropped; 0 is none."""
+        return self._weights.version_of(name)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """The newest version of each name that has weights, "main" first."""
+        return {name: self.version_of(name) for name in self._weights.names}
+
+    async def push(self, weights: WeightsSource, name: str = MAIN) -> int:
+        """Publish weights under a name to all workers and return their version.
 
         Names and layout are checked, the tensors are copied once, the version is published,
         counted and told. When cancelled, all of that is done or nothing.
@@ -152,19 +162,34 @@ class ModelSynchronizer:
         Args:
             weights: A module, a state dict with dense tensors on any device, or a snapshot; it
                 is copied and may be changed afterwards.
+            name: "main", or any other text; each name has a layout and versions of its own.
 
         Raises:
-            WeightsError: Keys, shapes or dtypes differ from those of the first weights, or a
-                worker has nothing to load them into. Nothing was published.
-            PoisonedWeights: An earlier version killed its workers and was withdrawn; raised
-                once, and nothing was published.
-            OSError: There is no memory for the first weights.
+            WeightsError: Keys, shapes or dtypes differ from those of the first weights of this
+                name, or a worker has nothing to load those of "main" into; or they were dropped
+                meanwhile. Nothing was published.
+            PoisonedWeights: An earlier version of this name killed its workers and was withdrawn;
+                raised once, and nothing was published.
+            OSError: There is no memory or no descriptor for the first weights.
         """
-        self.raise_if_withdrawn()
+        published = self._weights.find_or_add(name)
+        self.raise_if_withdrawn(name)
         state = state_of(weights)
-        if not self._weights.has_memory:
+        if published is self._weights.main and not published.has_memory:
             self._check_takers()
-        return await self._weights.publish(state)
+        return await published.publish(state)
+
+    def drop(self, name: str) -> None:
+        """Give the memory of a name back: no worker finds weights under it from now on.
+
+        Models that were filled with them keep what they have, and so does whoever asked for them.
+        Weights may be pushed under the name again, of any layout; their versions go on.
+
+        Raises:
+            WeightsError: There are none of that name; the message lists the names.
+        """
+        self._weights.drop(name)
+        self._poisoned.pop(name, None)
 
     def _check_takers(self) -> None:
         """Refuse the first weights where a worker could do nothing with them."""
@@ -175,36 +200,42 @@ class ModelSynchronizer:
                 "or define load_weights(weights, version)"
             )
 
-    def introduce(self, line: Line) -> None:
-        """Tell a worker where the weights lie, if there are any."""
+    def introduce(self, line: Line) -> bool:
+        """Tell a new worker which weights there are and where; return whether it is to wait."""
         self._weights.introduce(line)
+        return self._weights.is_introducing
 
-    def _introduce_all(self) -> None:
-        for line in list(self._lines.values()):
-            self.introduce(line)
-
-    def _published(self, version: int, num_bytes: int, is_finite: bool) -> None:
+    def _published(self, weights: PublishedWeights, pushed: Pushed) -> None:
         self._num_pushes += 1
-        self._bytes_pushed += num_bytes
-        self._num_not_finite += not is_finite
-        self._on_pushed(version, num_bytes)
+        self._bytes_pushed += pushed.num_bytes
+        self._num_not_finite += not pushed.is_finite
+        self._on_pushed(weights.name, pushed.version, pushed.num_bytes)
 
     async def wait_applied(
-        self, version: int, worker_ids: Iterable[int] | None = None, *, timeout: float
+        self,
+        version: int,
+        worker_ids: Iterable[int] | None = None,
+        *,
+        timeout: float,
+        name: str = MAIN,
     ) -> None:
         """Wait until workers have taken ``version`` or a newer one; the dead are left out.
+
+        A worker that has no model of this name has taken them when it knows of them.
 
         Args:
             version: The version that they are to have.
             worker_ids: For whom to wait; ``None`` for all.
             timeout: Seconds.
+            name: Of which weights.
 
         Raises:
             CommandTimeout: A worker has not done so in time.
         """
         chosen = self._lines if worker_ids is None else dict.fromkeys(worker_ids)
         lines = [self._lines[worker_id] for worker_id in chosen]
-        expected = {line.ask_for_version(version): line for line in lines}
+        number = self._weights.find_or_add(name).number
+        expected = {line.ask_for_version(number, version): line for line in lines}
         if not expected:
             return
         try:
@@ -212,37 +243,43 @@ class ModelSynchronizer:
         finally:
             for applied in expected:
                 applied.cancel()
+        what = "weights" if name == MAIN else f"weights {name!r},"
         for applied, line in expected.items():
             if applied in late:
                 raise CommandTimeout(
-                    f"worker {line.worker_id} has not applied weights version {version} within "
+                    f"worker {line.worker_id} has not applied {what} version {version} within "
                     f"{timeout:g} s; it is in {line.phase.name.lower()}",
                     line.worker_id,
                     line.incarnation,
                 )
             applied.exception()  # of a worker that was lost: its successor takes the newest
 
-    def withdraw(self, version: int, why: str) -> None:
-        """Publish the weights before ``version`` again, as a new version, unless newer ones came.
+    def withdraw(self, version: int, why: str, number: int = 0) -> None:
+        """Publish the weights before ``version`` again, as a new version.
 
-        The next push raises ``PoisonedWeights``, with ``why`` in its message.
+        Nothing is done where newer ones came, or where there are none before them. The next push
+        of the name raises ``PoisonedWeights``, with ``why`` in its message.
 
-        Raises:
-            WeightsError: There are none before them.
+        Args:
+            version: The version that killed workers.
+            why: How, in one line.
+            number: Stands for the name of the weights.
         """
-        if self.version != version:
-            return  # better ones were pushed already
-        replacement = self._weights.revert()
-        self._poisoned = PoisonedWeights(
-            f"weights version {version} was withdrawn after the workers that applied it failed; "
+        weights = self._weights.numbered(number)
+        if weights.newest_version() != version or not weights.can_revert:
+            return
+        replacement = weights.revert()
+        what = "weights" if weights.name == MAIN else f"weights {weights.name!r},"
+        self._poisoned[weights.name] = PoisonedWeights(
+            f"{what} version {version} was withdrawn after the workers that applied it failed; "
             f"version {replacement} holds the previous weights again; last: {why}",
             version,
             replacement,
         )
 
-    def raise_if_withdrawn(self) -> None:
-        """Raise, once, that a weights version was withdrawn."""
-        poisoned, self._poisoned = self._poisoned, None
+    def raise_if_withdrawn(self, name: str = MAIN) -> None:
+        """Raise, once, that a version of a name was withdrawn."""
+        poisoned = self._poisoned.pop(name, None)
         if poisoned is not None:
             raise poisoned
 
@@ -252,13 +289,13 @@ class ModelSynchronizer:
 
     # snapshots
 
-    async def snapshot(self) -> PreparedModel:
-        """Return a snapshot of the newest weights that were pushed, made in a thread.
+    async def snapshot(self, name: str = MAIN) -> PreparedModel:
+        """Return a snapshot of the newest weights of a name that were pushed, made in a thread.
 
         Raises:
-            WeightsError: None were pushed yet.
+            WeightsError: None were pushed yet; the message lists the names.
         """
-        tensors = await self._weights.newest()
+        tensors = await self._weights.find(name).newest()
         return await to_the_end(lambda: self._prepared(tensors))
 
     def prepare_model_for_sync(self, model: torch.nn.Module) -> PreparedModel:

@@ -7,26 +7,22 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import anyio.lowlevel
-
 from keisei.events import Incident, PoolPaused, PoolResumed, UpdateCompleted
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
 from keisei.naming import public
 from keisei.observers import Observer
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
-from keisei.training.parallel.model_sync import ModelSynchronizer
+from keisei.training.parallel.managed_weights import ManagedWeights
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import RunReport, TrainingLoop
 from keisei.training.parallel.sizing import Sizing
-from keisei.training.parallel.snapshots import PreparedModel
 from keisei.training.parallel.stats import PoolStats, WorkerInfo
 from keisei.training.parallel.streams import EventStream, ExperienceStream
-from keisei.training.parallel.weights_source import WeightsSource
 
 
 @public
-class ParallelManager(Sizing):
+class ParallelManager(Sizing, ManagedWeights):
     """Runs a pool of workers from inside an asyncio application.
 
     Use it as ``async with ParallelManager(...) as manager:``, or ``await manager.run()`` for the
@@ -107,73 +103,6 @@ class ParallelManager(Sizing):
         except TimeoutError:
             return False
         return True
-
-    # weights
-
-    async def push_weights(
-        self,
-        weights: WeightsSource,
-        *,
-        wait: bool = False,
-        timeout: float | None = None,
-    ) -> int:
-        """Publish weights to all workers and return their version, 1 for the first.
-
-        They are copied once into shared memory, whatever the number of workers; each worker takes
-        the newest version before its next experience. In sync mode a round that is being
-        collected is waited for, and none begins meanwhile. When cancelled, the version is either
-        published or not.
-
-        Args:
-            weights: A module, a state dict with dense tensors on any device, or a snapshot;
-                copied.
-            wait: Also wait until every live worker has applied this version or a newer one.
-            timeout: Seconds for ``wait``; ``None`` takes ``command_timeout``.
-
-        Raises:
-            WeightsError: Keys, shapes or dtypes differ from those of the first weights, or a
-                worker has neither a ``model`` nor its own ``load_weights``; the message names
-                them. Nothing was published.
-            PoisonedWeights: An earlier version killed its workers and was withdrawn; raised
-                once, and nothing was published.
-            CommandTimeout: A worker has not applied them in time; they are published.
-            ManagerStateError: The manager is not running.
-        """
-        pool = self._usable()
-        await pool.flow.hold_rounds(lambda: self._is_over(pool))
-        try:
-            version = await pool.synchronizer.push(weights)
-        finally:
-            pool.flow.release_rounds()
-        if wait:
-            limit = self.config.command_timeout if timeout is None else timeout
-            await pool.synchronizer.wait_applied(version, list(pool.ready), timeout=limit)
-            pool.synchronizer.raise_if_withdrawn()
-        else:
-            await anyio.lowlevel.checkpoint()  # who pushes in a loop must let the event loop turn
-        return version
-
-    async def snapshot(self) -> PreparedModel:
-        """Return a snapshot of the newest weights, to be stored or sent to another machine.
-
-        It is compressed with ``compression_enabled`` and made in a thread. ``push_weights`` takes
-        it, and ``ModelSynchronizer.restore_model_from_sync`` copies it into a model.
-
-        Raises:
-            WeightsError: None were pushed yet.
-            ManagerStateError: The manager is not running.
-        """
-        return await self._usable().synchronizer.snapshot()
-
-    @property
-    def synchronizer(self) -> ModelSynchronizer:
-        """The owner of the pool's weights: when they are due, their counts, and snapshots."""
-        return self._started(any_loop=True).synchronizer
-
-    @property
-    def weights_version(self) -> int:
-        """The newest weights version; 0 is none."""
-        return self._pool.synchronizer.version if self._pool is not None else 0
 
     # commands
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 
@@ -26,8 +26,8 @@ from keisei.training.parallel.communication import WorkerCommunicator
 from keisei.training.parallel.flow import Flow
 from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.seeds import worker_seed
-from keisei.training.parallel.settings import SettingsBook, SettingsTeller
 from keisei.training.parallel.stats import WorkerInfo
+from keisei.worker import MAIN
 
 
 class Pool:
@@ -37,7 +37,6 @@ class Pool:
         supervisor: Keeps the slots filled; owns every process with its line.
         synchronizer: Owns the weights.
         communicator: Sends commands over the lines.
-        settings: Keeps what each slot is set to, and tells the workers.
         flow: The credits and the inbox.
         backend: Starts processes.
         num_workers: Slots that are wanted.
@@ -54,7 +53,6 @@ class Pool:
         seed: int,
         publish: Callable[[Event], None],
         backend: Backend | None = None,
-        settings: SettingsBook | None = None,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -82,8 +80,6 @@ class Pool:
             lines=self.supervisor.lines,
             synchronizer=self.synchronizer,
         )
-        book = settings or SettingsBook(None, config.num_workers)
-        self.settings = SettingsTeller(book, self.supervisor.lines, publish)
         self.flow = Flow(config, self.ready, self.synchronizer.newest_version)
         self.on_batch = self.flow.arrived
 
@@ -136,13 +132,7 @@ class Pool:
         await self.supervisor.wait_settled()
 
     async def resize(self, num_workers: int) -> None:
-        """Add or remove slots at the upper end; return when all are ready or gone.
-
-        Raises:
-            Exception: Whatever the function of the settings raises for a new slot; nothing has
-                changed then.
-        """
-        self.settings.book.add(range(num_workers))
+        """Add or remove slots at the upper end; return when all are ready or gone."""
         before, self.num_workers = self.num_workers, num_workers
         self._devices = self._resolve_devices()
         for worker_id in range(before, num_workers):
@@ -166,22 +156,6 @@ class Pool:
             status = slots.slots[worker_id].status
             why = f"worker {worker_id} was not restarted: its slot is {status} now"
             raise WorkerLost(why, worker_id, slots.slots[worker_id].incarnation)
-
-    def known(self, worker_ids: Iterable[int]) -> frozenset[int]:
-        """Return those worker ids as a set.
-
-        Raises:
-            ValueError: A slot of them is not there, or was given up.
-        """
-        chosen = frozenset(worker_ids)
-        there = {
-            worker_id
-            for worker_id in self.supervisor.slots
-            if worker_id < self.num_workers and not self.supervisor.is_closed(worker_id)
-        }
-        if unknown := chosen - there:
-            raise ValueError(f"no such worker: {sorted(unknown)}; there are {sorted(there)}")
-        return chosen
 
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
@@ -239,25 +213,29 @@ class Pool:
             seconds_since_progress=max(0.0, now - moved_at) if moved_at > 0 else 0.0,
         )
 
-    def _on_pushed(self, version: int, num_bytes: int) -> None:
-        self.flow.pushed()
-        self._publish(WeightsPushed(version, num_bytes))
+    def _on_pushed(self, name: str, version: int, num_bytes: int) -> None:
+        if name == MAIN:
+            self.flow.pushed()
+        self._publish(WeightsPushed(version, num_bytes, name))
 
     # what supervision asks (it is the ``PoolPort``)
 
     def make_line(self, worker_id: int, incarnation: int) -> Line:
         """Make the queues of a new process."""
         return Line(
-            worker_id, incarnation, self.config.max_queue_size, self.synchronizer.newest_version
+            worker_id,
+            incarnation,
+            self.config.max_queue_size,
+            self.synchronizer.newest_version,
+            self.synchronizer.newest_named,
         )
 
     async def launch(self, line: Line) -> ProcessHandle:
         """Start a process at the other end of ``line``."""
         endpoints = line.endpoints()
-        self.synchronizer.introduce(line)
+        has_weights = self.synchronizer.introduce(line)
         worker_id, incarnation = line.worker_id, line.incarnation
-        self.settings.greet(
-            line,
+        line.send(
             messages.Hello(
                 factory=self._factory,
                 worker_id=worker_id,
@@ -273,7 +251,8 @@ class Pool:
                 paused=True,
                 max_experiences=self.config.max_experiences_per_worker,
                 max_rss=self.config.max_worker_rss,
-            ),
+                has_weights=has_weights,
+            )
         )
         return await self.backend.start(endpoints, f"keisei-worker-{worker_id}.{incarnation}")
 
@@ -287,10 +266,11 @@ class Pool:
             line.try_to_send(messages.Resume())
         self.flow.became_ready(line)
 
-    def withdraw_weights(self, version: int, incident: Incident) -> None:
+    def withdraw_weights(self, number: int, version: int, incident: Incident) -> None:
         """Put the weights before ``version`` back; the next push raises ``PoisonedWeights``."""
-        self.synchronizer.withdraw(version, incident.summary)
-        self.flow.pushed()
+        self.synchronizer.withdraw(version, incident.summary, number)
+        if number == 0:
+            self.flow.pushed()
 
     def on_failed(self) -> None:
         """Called when the pool has failed for good: wake everybody who waits for experiences."""

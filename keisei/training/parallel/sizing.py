@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from keisei.events import PoolScaled
-from keisei.training.parallel.configuring import Configuring
+from keisei.training.parallel.lifecycle import Lifecycle
 
 
-class Sizing(Configuring):
+class Sizing(Lifecycle):
     """Changes the number of slots, and the process in a slot, of a pool that is running."""
 
     async def scale(self, num_workers: int) -> None:
@@ -18,8 +18,6 @@ class Sizing(Configuring):
 
         Raises:
             ValueError: ``num_workers`` is not positive.
-            Exception: Whatever a callable of ``settings`` raises for a new slot; nothing has
-                changed then.
             PoolExhausted: The restart policy was exceeded.
             ManagerStateError: The manager is not running.
         """
