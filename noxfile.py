@@ -29,6 +29,7 @@ EXTRAS = (
     "testing",
     "examples",
     "mlflow",
+    "notebook",
     "opentelemetry",
     "prometheus",
     "structlog",

@@ -97,6 +97,8 @@ EXTRAS_AT_HOME = {
     "keisei.training.agent_envs": {"pettingzoo"},
     "keisei.training.spaces": {"gymnasium", "numpy"},
     "keisei.training.parallel.batch": {"tensordict"},
+    "keisei.training.parallel.by_value": {"cloudpickle"},
+    "keisei.training.parallel.registrations": {"gymnasium"},
     "keisei.training.parallel.tensordicts": {"tensordict"},
 }
 
@@ -400,6 +402,7 @@ def test_what_the_extras_install_is_declared(project):
         "examples",
         "gymnasium",
         "mlflow",
+        "notebook",
         "opentelemetry",
         "pettingzoo",
         "progress",

@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from keisei.backends import mainscript
 from keisei.backends.preload import modules_named_in
 from keisei.exceptions import SerializationError
 from keisei.ipc import serialize
+from keisei.training.parallel import by_value
+from keisei.training.parallel.registrations import with_registrations
 from keisei.worker import Worker
 
 _REMEDY = (
@@ -19,15 +20,12 @@ _REMEDY = (
 )
 
 
-_NO_MAIN = (
-    "its class or an argument is defined in the main module, which worker processes cannot import: "
-    "{why}; define it in a module of its own, a .py file, and import it from there "
-    "(backend='inline' works as it is)"
-)
-
-
 def pickle_factory(factory: Callable[[], Worker], *, for_processes: bool = True) -> bytes:
     """Return ``factory``, pickled.
+
+    What workers can import is sent by name. The code of what they cannot, such as a class of a
+    notebook's cell, is sent itself; environments that this process alone has registered with
+    Gymnasium, and that an argument names, are taken along.
 
     Args:
         factory: What makes a worker.
@@ -48,15 +46,26 @@ def pickle_factory(factory: Callable[[], Worker], *, for_processes: bool = True)
     part = _unpicklable_part(factory)
     if part is not None:
         raise SerializationError(f"{name} cannot be sent to a process: {part}; {_REMEDY}")
+    taken = with_registrations(factory)
     try:
-        pickled = serialize.dumps_whole(factory, name)
+        pickled = serialize.dumps_whole(taken, name)
     except SerializationError as error:
-        raise SerializationError(f"{error}; {_REMEDY}") from error
-    if for_processes and "__main__" in modules_named_in(pickled):
-        why = mainscript.why_not_importable()
-        if why:
-            raise SerializationError(f"{name} cannot be sent: {_NO_MAIN.format(why=why)}")
+        if not by_value.names_without_a_home(_modules_of(factory)):
+            raise SerializationError(f"{error}; {_REMEDY}") from error
+        return by_value.dumps(taken, name)
+    if for_processes:
+        homeless = by_value.names_without_a_home(modules_named_in(pickled))
+        if homeless:
+            return by_value.dumps(taken, name, homeless)
     return pickled
+
+
+def _modules_of(factory: Any) -> set[str]:
+    """Return the modules of the classes and functions in a factory."""
+    parts = [factory]
+    if isinstance(factory, functools.partial):
+        parts = [factory.func, *factory.args, *factory.keywords.values()]
+    return {str(getattr(part, "__module__", "")) for part in parts}
 
 
 def _unpicklable_part(value: Any) -> str | None:

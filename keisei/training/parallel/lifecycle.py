@@ -18,6 +18,7 @@ from keisei.exceptions import ManagerStateError
 from keisei.ipc.event_loop import require_asyncio
 from keisei.observers import Observer
 from keisei.supervision.shutdown import to_completion
+from keisei.training.parallel import notebook
 from keisei.training.parallel.factory import pickle_factory
 from keisei.training.parallel.named_weights import named_models
 from keisei.training.parallel.pool import Pool
@@ -91,6 +92,7 @@ class Lifecycle:
         self._stopping: asyncio.Task[None] | None = None
         self._stop_requested = False
         self._started_at = 0.0
+        self._cell = notebook.current_cell()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -126,6 +128,8 @@ class Lifecycle:
                 f"this manager is {self._state}; it serves once, so make a new one"
             )
         self._loop = require_asyncio()
+        if self._cell is not None:
+            await notebook.take_over(self, self._cell)
         self._state = _State.STARTING
         self._started_at = time.monotonic()
         pool = self._pool = Pool(

@@ -11,6 +11,7 @@ from keisei.events import Incident, PoolPaused, PoolResumed, UpdateCompleted
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
 from keisei.naming import public
 from keisei.observers import Observer
+from keisei.training.parallel import html
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
 from keisei.training.parallel.managed_weights import ManagedWeights
@@ -176,6 +177,11 @@ class ParallelManager(Sizing, ManagedWeights):
         await self.send_command("reset", timeout=timeout)
 
     # what it knows
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the state, and a row for each slot."""
+        stats = self.stats() if self._pool is not None else None
+        return html.of_manager(self.state, stats, self.workers)
 
     def stats(self) -> PoolStats:
         """Return the pool in numbers; costs no system call. Also after the end."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from keisei.training.parallel import html
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
@@ -34,6 +36,9 @@ class WorkerInfo:
     num_failures: int
     age: float
     seconds_since_progress: float
+
+    def _repr_html_(self) -> str:
+        return html.of_value(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +80,6 @@ class PoolStats:
     num_not_finite: int
     seed: int
     is_paused: bool
+
+    def _repr_html_(self) -> str:
+        return html.of_value(self)
