@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from keisei.ipc.queues import AsyncQueue
     from keisei.training.parallel.batch import ExperienceBatch
     from keisei.training.parallel.communication import WorkerCommunicator
+    from keisei.training.parallel.evaluation import Evaluation
     from keisei.training.parallel.model_sync import ModelSynchronizer
     from keisei.training.parallel.parallel_manager import ParallelManager
     from keisei.training.parallel.run import Learner, RunReport
@@ -58,6 +59,7 @@ __all__ = [
     "CommandError",
     "CommandTimeout",
     "ConfigurationError",
+    "Evaluation",
     "Experience",
     "ExperienceBatch",
     "Incident",
@@ -92,6 +94,7 @@ __all__ = [
 
 _HOMES = {
     "AsyncQueue": "keisei.ipc.queues",
+    "Evaluation": "keisei.training.parallel.evaluation",
     "Experience": "keisei.worker",
     "ExperienceBatch": "keisei.training.parallel.batch",
     "Incident": "keisei.events",

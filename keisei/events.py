@@ -320,5 +320,35 @@ class UpdateCompleted(Event):
         return _mean(self.episode_lengths)
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluationCompleted(Event):
+    """An evaluation beside ``run()`` has ended.
+
+    Attributes:
+        evaluation: 1, 2, 3 …
+        update: The update whose weights were evaluated.
+        num_steps: Environment steps delivered up to that update.
+        weights_version: The newest version then.
+        seconds: How long it took.
+        metrics: The numbers among the metrics that it returned, as plain floats.
+    """
+
+    evaluation: int
+    update: int
+    num_steps: int
+    weights_version: int
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationFailed(Event):
+    """An evaluation beside ``run()`` has raised, or was abandoned at the end of the run."""
+
+    evaluation: int
+    update: int
+    error: str
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None

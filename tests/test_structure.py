@@ -52,6 +52,7 @@ PUBLIC_NAMES = [
     "CommandError",
     "CommandTimeout",
     "ConfigurationError",
+    "Evaluation",
     "Experience",
     "ExperienceBatch",
     "Incident",

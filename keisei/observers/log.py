@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from keisei.events import (
+    EvaluationCompleted,
+    EvaluationFailed,
     Event,
     PoolEscalated,
     PoolPaused,
@@ -126,18 +129,34 @@ def _describe_pool(event: Event) -> tuple[int, str]:
             return logging.INFO, f"the pool stopped after {_count(event.num_incidents, 'incident')}"
         case WeightsPushed():
             return logging.DEBUG, f"weights version {event.version}: {event.num_bytes} bytes"
+        case _:
+            return _describe_learning(event)
+
+
+def _describe_learning(event: Event) -> tuple[int, str]:
+    match event:
         case UpdateCompleted():
-            metrics = "".join(
-                f", {name} {format_number(value, '.4g')}" for name, value in event.metrics.items()
-            )
             return logging.DEBUG, (
                 f"update {event.update}: {event.num_steps} steps, "
                 f"{format_number(event.steps_per_second, '.0f')} steps/s, "
                 f"weights version {event.weights_version}, "
-                f"staleness {format_number(event.staleness, '.2f')}{metrics}"
+                f"staleness {format_number(event.staleness, '.2f')}{_listed(event.metrics)}"
+            )
+        case EvaluationCompleted():
+            return logging.INFO, (
+                f"evaluation {event.evaluation} of update {event.update}, "
+                f"{format_number(event.seconds, '.1f')} s{_listed(event.metrics)}"
+            )
+        case EvaluationFailed():
+            return logging.WARNING, (
+                f"evaluation {event.evaluation} of update {event.update} has failed: {event.error}"
             )
         case _:
             return logging.DEBUG, repr(event)
+
+
+def _listed(metrics: Mapping[str, float]) -> str:
+    return "".join(f", {name} {format_number(value, '.4g')}" for name, value in metrics.items())
 
 
 def _describe_suspicion(event: WorkerSuspected) -> str:

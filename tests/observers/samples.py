@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from keisei.events import (
+    EvaluationCompleted,
+    EvaluationFailed,
     Event,
     ExitCause,
     Incident,
@@ -95,4 +97,6 @@ EVERY_EVENT: tuple[Event, ...] = (
     PoolScaled(1),
     WorkerExited(1, 0, ExitCause.REQUESTED),
     PoolStopped(0),
+    EvaluationCompleted(2, 8, 2048, 9, 1.5, {"win_rate": 0.75}),
+    EvaluationFailed(3, 12, "ValueError: no"),
 )

@@ -65,7 +65,7 @@ class Outcome:
         except BaseException as error:  # noqa: BLE001 - raised where the outcome is waited for
             return cls(error=error)
 
-    def get(self, method: str) -> Any:
+    def get(self, method: str, owner: str = "the learner's") -> Any:
         """Return the value, or raise the error.
 
         Raises:
@@ -77,7 +77,7 @@ class Outcome:
         try:
             if isinstance(error, _UNWAITABLE):
                 name = type(error).__name__
-                raise RuntimeError(f"the learner's {method}() raised {name}") from error
+                raise RuntimeError(f"{owner} {method}() raised {name}") from error
             if error is not None:
                 raise error
             return self.value

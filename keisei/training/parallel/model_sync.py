@@ -312,6 +312,10 @@ class ModelSynchronizer:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         return self._prepared(state, total_parameters=parameters)
 
+    def prepare(self, weights: Mapping[str, torch.Tensor]) -> PreparedModel:
+        """Return a snapshot of weights, copied; see ``prepare_model_for_sync``."""
+        return self._prepared(weights)
+
     def _prepared(
         self, state: Mapping[str, torch.Tensor], total_parameters: int | None = None
     ) -> PreparedModel:

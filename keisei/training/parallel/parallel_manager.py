@@ -7,17 +7,19 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from keisei.events import Incident, PoolPaused, PoolResumed, UpdateCompleted
+from keisei.events import Event, Incident, PoolPaused, PoolResumed
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
 from keisei.naming import public
 from keisei.observers import Observer
 from keisei.training.parallel import html
 from keisei.training.parallel.batch import ExperienceBatch
 from keisei.training.parallel.communication import QueueInfo
+from keisei.training.parallel.evaluation import Evaluate, Evaluation
 from keisei.training.parallel.managed_weights import ManagedWeights
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import RunReport, TrainingLoop
 from keisei.training.parallel.sizing import Sizing
+from keisei.training.parallel.snapshots import PreparedModel
 from keisei.training.parallel.stats import PoolStats, WorkerInfo
 from keisei.training.parallel.streams import EventStream, ExperienceStream
 
@@ -30,6 +32,8 @@ class ParallelManager(Sizing, ManagedWeights):
     whole life with a learner. It belongs to the event loop that started it and serves once.
     It takes nothing global: no signal handler, no start method, no torch setting.
     """
+
+    _training: TrainingLoop | None = None
 
     # experience
 
@@ -242,8 +246,8 @@ class ParallelManager(Sizing, ManagedWeights):
         """
         self._observers.add(observer)
 
-    def publish_update(self, event: UpdateCompleted) -> None:
-        """Tell observers and event streams that an update of ``run`` was completed."""
+    def publish_update(self, event: Event) -> None:
+        """Tell observers and event streams of an update of ``run``, or of an evaluation."""
         self._hub.publish(event)
 
     # the whole life
@@ -254,6 +258,8 @@ class ParallelManager(Sizing, ManagedWeights):
         max_steps: int | None = None,
         max_seconds: float | None = None,
         steps_per_update: int | None = None,
+        evaluate: Evaluate | Evaluation | None = None,
+        evaluate_every: int | None = None,
     ) -> RunReport:
         """Start, let the learner learn until a limit or ``request_stop``, and stop.
 
@@ -271,6 +277,14 @@ class ParallelManager(Sizing, ManagedWeights):
             max_seconds: End after this time, with the update that is being learned then.
             steps_per_update: Gather at least this many steps for each ``learn``; ``None`` takes
                 one round in sync mode, and whatever is here in async mode.
+            evaluate: Called beside training with a copy of the learner's weights from the end of
+                an update, tensors by name on the CPU: a plain function in a thread of its own, a
+                coroutine function on the event loop. The numbers that it returns become an
+                ``EvaluationCompleted`` event and are in the report. An error in it ends the run
+                after the update that is being learned. ``Evaluation(function, ...)`` says more.
+                At the end the one that runs has as long as the learner has, and is abandoned then.
+            evaluate_every: Updates between the beginnings of two evaluations, at least; ``None``
+                is 1. While one runs none begins, and none waits for it.
 
         Returns:
             What was done, incidents included.
@@ -279,9 +293,10 @@ class ParallelManager(Sizing, ManagedWeights):
             ManagerStateError: There is no learner, or the manager has served.
             WorkerStartError: A worker's first start failed.
             PoolExhausted: The restart policy was exceeded.
+            ConfigurationError: The arguments about evaluation say what cannot be.
             LearnerTimeout: The learner did not return in time when the run should end.
-            BaseException: Whatever the learner raised, as told in ``Learner``; the workers are
-                gone then.
+            BaseException: Whatever the learner or ``evaluate`` raised, as told in ``Learner``; the
+                workers are gone then.
         """
         if self._learner is None:
             raise ManagerStateError(
@@ -294,8 +309,33 @@ class ParallelManager(Sizing, ManagedWeights):
             max_steps=max_steps,
             max_seconds=max_seconds,
             steps_per_update=steps_per_update,
+            evaluation=Evaluation.of(evaluate, evaluate_every),
         )
-        if self._is_running:
-            return await loop.run()
-        async with self:
-            return await loop.run()
+        try:
+            if self._is_running:
+                self._training = loop
+                return await loop.run()
+            async with self:
+                self._training = loop
+                return await loop.run()
+        finally:
+            self._training = None
+
+    async def snapshot_learner(self) -> PreparedModel:
+        """Return a snapshot of the learner's weights from between two updates of ``run``.
+
+        ``learner.state_dict()`` would be read while ``learn`` changes it. An update that is being
+        learned is waited for, and none begins meanwhile. ``snapshot`` takes the weights that were
+        pushed last, which may be older.
+
+        Raises:
+            ManagerStateError: ``run`` is not learning, so nothing protects the learner.
+            WeightsError: The weights hold something that is no dense tensor.
+            LearnerTimeout: The run has ended meanwhile.
+        """
+        training = self._training
+        if training is None:
+            raise ManagerStateError(
+                "run() is not learning now; take learner.state_dict() of a learner that is idle"
+            )
+        return self._usable().synchronizer.prepare(await training.weights())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -14,11 +15,12 @@ from keisei.events import Incident
 from keisei.exceptions import ManagerStateError
 from keisei.naming import public
 from keisei.training.parallel.batch import ExperienceBatch
+from keisei.training.parallel.evaluation import Evaluation, Evaluations, Moment
 from keisei.training.parallel.learning import LearnerCalls
 from keisei.training.parallel.metrics import MetricNumbers
 from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.stats import PoolStats
-from keisei.training.parallel.weights_source import HasStateDict
+from keisei.training.parallel.weights_source import HasStateDict, copy_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +98,8 @@ class TrainedPool(Protocol):
         """Return the pool in numbers."""
         ...
 
-    def publish_update(self, event: events.UpdateCompleted) -> None:
-        """Pass the event on to observers and event streams."""
+    def publish_update(self, event: events.Event) -> None:
+        """Pass the event of an update or an evaluation on to observers and event streams."""
         ...
 
 
@@ -116,6 +118,7 @@ class RunReport:
         incidents: Every failure, oldest first.
         metrics: What the last ``learn`` returned, if it was a mapping; not only its numbers.
         reason: Why it ended: "max_steps", "max_seconds" or "request_stop".
+        evaluations: What each evaluation beside it has found, oldest first.
     """
 
     num_updates: int
@@ -127,6 +130,7 @@ class RunReport:
     incidents: tuple[Incident, ...]
     metrics: Mapping[str, Any]
     reason: str
+    evaluations: tuple[events.EvaluationCompleted, ...] = ()
 
     @property
     def steps_per_second(self) -> float:
@@ -145,6 +149,7 @@ class TrainingLoop:
         max_steps: int | None,
         max_seconds: float | None,
         steps_per_update: int | None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self._pool = pool
         self._max_steps = max_steps
@@ -156,6 +161,11 @@ class TrainingLoop:
             wait_over=pool.wait_over,
             seconds_left=self._seconds_left,
         )
+        self._at_boundary = asyncio.Lock()
+        self._evaluations: Evaluations | None = None
+        if evaluation is not None:
+            grace = pool.config.shutdown_timeout
+            self._evaluations = Evaluations(evaluation, grace=grace, publish=pool.publish_update)
         self._numbers = MetricNumbers()
         self._started = time.monotonic()
         self._updated = self._started
@@ -175,8 +185,14 @@ class TrainingLoop:
         async with self._calls:
             self._updated = time.monotonic()
             self._synced_before = self._pool.synchronizer.last_sync_step
-            while (reason := self._reason_to_end()) is None:
-                await self._update()
+            try:
+                while (reason := self._reason_to_end()) is None:
+                    await self._update()
+                if self._evaluations is not None:
+                    await self._evaluations.finish()
+            finally:
+                if self._evaluations is not None:
+                    await self._evaluations.close()
             return self._report(reason)
 
     async def _update(self) -> None:
@@ -187,15 +203,16 @@ class TrainingLoop:
         staleness = sum(batch.staleness for batch in batches) / len(batches)
         returns, lengths = self._numbers.episodes_of(batch.info for batch in batches)
         self._batches += len(batches)
-        outcome = await self._calls.learn(batches)
-        del batches  # their memory is free for the workers while the weights are pushed
-        self._updates += 1
-        self._steps += steps
-        numbers = await self._numbers_of(outcome)
-        step = self._synced_before + self._updates
-        if self._pool.synchronizer.should_sync(step):
-            await self._push()
-            self._pool.synchronizer.mark_sync_completed(step)
+        async with self._at_boundary:
+            outcome = await self._calls.learn(batches)
+            del batches  # their memory is free for the workers while the weights are pushed
+            self._updates += 1
+            self._steps += steps
+            numbers = await self._numbers_of(outcome)
+            step = self._synced_before + self._updates
+            if self._pool.synchronizer.should_sync(step):
+                await self._push()
+                self._pool.synchronizer.mark_sync_completed(step)
         stats = self._pool.stats()
         self._pool.publish_update(
             events.UpdateCompleted(
@@ -211,7 +228,28 @@ class TrainingLoop:
                 episode_lengths=lengths,
             )
         )
+        if self._evaluations is not None:
+            self._evaluations.raise_error()
+            if self._evaluations.is_due(self._updates):
+                moment = Moment(self._updates, self._steps, stats.weights_version)
+                self._evaluations.begin(await self.weights(), moment)
         self._updated = time.monotonic()
+
+    async def weights(self) -> dict[str, torch.Tensor]:
+        """Return a copy of the learner's weights on the CPU, from between two updates.
+
+        Waits for an update that is being learned. The copy is made in the learner's thread.
+
+        Raises:
+            WeightsError: They hold something that is no dense tensor.
+            LearnerTimeout: The run has ended meanwhile.
+            BaseException: Whatever the learner raised.
+        """
+        async with self._at_boundary:
+            source = await self._calls.state_dict()
+            copied = functools.partial(copy_of, source)
+            weights: dict[str, torch.Tensor] = await self._calls.aside(copied, "state_dict")
+            return weights
 
     async def _numbers_of(self, outcome: Any) -> dict[str, float]:
         """Keep what ``learn`` returned, if it was a mapping, and return the numbers in it.
@@ -263,6 +301,7 @@ class TrainingLoop:
             incidents=tuple(self._pool.incidents),
             metrics=self._metrics,
             reason=reason,
+            evaluations=tuple(self._evaluations.completed) if self._evaluations else (),
         )
 
 

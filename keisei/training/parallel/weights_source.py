@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from keisei.exceptions import WeightsError
-from keisei.training.parallel.snapshots import PreparedModel, unpack_all
+from keisei.training.parallel.snapshots import PreparedModel, cpu_copy, unpack_all
 
 _COMPILED = "_orig_mod."
 _EXTRA_STATE = "_extra_state"
@@ -70,6 +70,15 @@ def state_of(source: WeightsSource) -> Mapping[str, Any]:
         state: Mapping[str, Any] = source.module.state_dict()
         return state
     return source.state_dict()
+
+
+def copy_of(source: WeightsSource) -> dict[str, torch.Tensor]:
+    """Return copies of what is to be pushed, on the CPU, by the names of the plain module.
+
+    Raises:
+        WeightsError: It holds something that is not a dense tensor with values, or nothing.
+    """
+    return {name: cpu_copy(tensor) for name, tensor in tensors_of(state_of(source)).items()}
 
 
 def _flaw(name: str, value: Any) -> str:
