@@ -10,13 +10,17 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import keisei
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
 MAX_BLOCKED = 0.02
 """Seconds for which one callback may keep all others from running."""
 _TICK = 0.005
+_PACKAGE = Path(keisei.__file__).parent
 
 
 class Blocked(NamedTuple):
@@ -169,3 +173,59 @@ def measured_loop(
         gc.callbacks.remove(on_collection)
         asyncio.Handle._run = run  # type: ignore[method-assign]
         delays.close()
+
+
+@contextlib.contextmanager
+def computing_loop() -> Iterator[Callable[[], Blocked]]:
+    """Measure for how long each callback of this thread's event loop computes.
+
+    That is the processor's time of the loop's thread, so neither another process nor another
+    thread can spoil it; and nothing that waits is seen. Full runs of the garbage collector are
+    left out, and so are the steps of tasks whose coroutine is a test's or a worker's: they may take
+    their time.
+
+    Yields:
+        A function that returns the worst callback so far.
+    """
+    worst = Blocked(0.0, "")
+    run = asyncio.Handle._run
+    loop_thread = threading.get_ident()
+    collecting = collected = 0.0
+
+    def on_collection(phase: str, _: dict[str, int]) -> None:
+        nonlocal collecting, collected
+        if phase == "start":
+            collecting = time.thread_time()
+        elif threading.get_ident() == loop_thread:
+            collected += time.thread_time() - collecting
+
+    def timed(handle: asyncio.Handle) -> None:
+        nonlocal worst
+        if threading.get_ident() != loop_thread:
+            run(handle)
+            return
+        before, began = collected, time.thread_time()
+        run(handle)
+        seconds = time.thread_time() - began - (collected - before)
+        if seconds > worst.seconds and not _is_a_tests(handle):
+            worst = Blocked(seconds, repr(handle))
+
+    asyncio.Handle._run = timed  # type: ignore[method-assign]
+    gc.callbacks.append(on_collection)
+    try:
+        yield lambda: worst
+    finally:
+        gc.callbacks.remove(on_collection)
+        asyncio.Handle._run = run  # type: ignore[method-assign]
+
+
+def _is_a_tests(handle: asyncio.Handle) -> bool:
+    """Return whether a callback is a step of a task that a test, or a worker, has made."""
+    callback = handle._callback
+    task = getattr(callback, "__self__", None)
+    if not isinstance(task, asyncio.Task):
+        return False
+    code = getattr(task.get_coro(), "cr_code", None)
+    path = Path(code.co_filename) if code is not None else Path()
+    # A worker of the inline backend runs its hooks in the application's loop.
+    return not path.is_relative_to(_PACKAGE) or path.is_relative_to(_PACKAGE / "child")

@@ -117,7 +117,8 @@ def test_everything_ends_with_an_application_that_crashes(tmp_path):
 
 def test_a_forked_copy_of_the_application_keeps_nobody_alive(tmp_path):
     """Workers end when the application leaves by ``os._exit``, though its copy lives on."""
-    with busy_application(tmp_path, ["forkserver.idle", "forkserver.native"]) as application:
+    activities = ["forkserver.idle", "forkserver.native", "spawn.native"]
+    with busy_application(tmp_path, activities) as application:
         application.say("fork")
         copy = application.hear()
         application.say("exit")

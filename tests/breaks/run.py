@@ -99,9 +99,11 @@ class Copy:
             return MISSED, ", ".join(one.tests)
         if code is None or "+++ Timeout +++" in text:
             return CAUGHT, f"nothing came of {', '.join(one.tests)} in time"
+        if code < 0:
+            return CAUGHT, f"{signal.Signals(-code).name} ended {', '.join(one.tests)}"
         if code == FAILED:
             return CAUGHT, _last(text, "FAILED ", "ERROR ")
-        return STALE, _last(text, "ERROR", "E ")
+        return STALE, f"pytest ended with {code}: {_last(text, 'ERROR', 'E ')}"
 
 
 def _last(text: str, *beginnings: str) -> str:

@@ -49,6 +49,14 @@ def test_every_guarantee_is_broken_in_five_ways():
     assert max(Counter(one.name for one in BREAKS).values()) == 1
 
 
+def test_the_figures_are_those_of_the_breaks_that_there_are():
+    """The table of tests/README.md counts each guarantee's, as ``run.py`` prints it."""
+    text = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
+    told = {int(guarantee): int(breaks) for guarantee, breaks, _ in rows}
+    assert told == Counter(one.guarantee for one in BREAKS)
+
+
 def test_breaks_are_chosen_by_their_name_or_guarantee():
     """Words are looked for in names; a number is a guarantee; nothing chooses all."""
     assert chosen(BREAKS, []) == BREAKS

@@ -15,7 +15,9 @@ from child_models import KINDS, PLAIN, built, equal, seen, wrapped
 from child_stage import on_stage
 from keisei import state_dicts
 from keisei.child.in_place import InPlace
+from keisei.child.runtime import WorkerRuntime
 from keisei.exceptions import WeightsError, WorkerStartError
+from keisei.ipc import serialize
 from keisei.ipc.layout import describe
 from keisei.protocol import messages
 from keisei.testing.scenarios import fail_after
@@ -377,6 +379,49 @@ async def test_what_was_published_before_the_credit_is_what_is_collected_with():
             await stage.publish(child_models.net().state_dict(), acknowledge=False)
             stage.grant(1)
             assert (await stage.delivered()).version == expected
+
+
+async def test_what_is_published_while_the_worker_looks_elsewhere_counts_too(monkeypatch):
+    """The first weights and a credit that both come after a look at the queues, in that order."""
+    weights = child_models.net().state_dict()
+    news, armed = WorkerRuntime._news, False
+
+    def look_too_early(runtime):
+        nonlocal armed
+        found = news(runtime)
+        if armed:
+            armed = False
+            with pytest.raises(StopIteration):  # there is room in the queue: it waits for nothing
+                stage.publish(weights, acknowledge=False).send(None)
+            stage.grant(1)
+        return found
+
+    monkeypatch.setattr(WorkerRuntime, "_news", look_too_early)
+    async with fail_after(LIMIT), on_stage() as stage:
+        await stage.hello(partial(child_workers.Holding, child_models.net))
+        await stage.said()
+        armed = True
+        await stage.tell(messages.Resume())
+        assert (await stage.delivered()).version == 1
+
+
+async def test_a_version_is_acknowledged_when_it_is_loaded():
+    """Not when it is asked for, nor when an older one is loaded."""
+    weights = child_models.net().state_dict()
+    async with fail_after(LIMIT), on_stage() as stage:
+        await stage.hello(partial(child_workers.Holding, child_models.net))
+        await stage.said()
+        await stage.publish(weights, acknowledge=False)
+        number = stage.number_of("main")
+        asked = messages.pack(messages.Announcement(number, 2, acknowledge=True))
+        await stage.model.writer.put(asked)
+        for sequence in (1, 2):
+            await stage.tell(messages.Command(sequence, "unknown", serialize.dumps(None)))
+            answer = await stage.said()
+            assert (type(answer), answer.sequence) == (messages.ReplyError, sequence)
+        assert stage.status.version == 1
+        await stage.publish(weights, acknowledge=False)
+        assert await stage.said() == messages.Applied(number, 2)
 
 
 async def test_an_error_of_loading_shows_no_frames_of_the_library(make_manager):

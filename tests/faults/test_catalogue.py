@@ -9,9 +9,10 @@ from pathlib import Path
 TESTS = Path(__file__).parent.parent
 FOLDERS = {"F": "tests/faults", "P": "tests/training/parallel"}
 README = (TESTS / "README.md").read_text(encoding="utf-8")
+FIGURES = "| guarantee | breaks | caught |"
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in README.splitlines()
+    for line in re.sub(rf"{re.escape(FIGURES)}(\n\|.*)*", "", README).splitlines()
     if line.startswith("|") and not line.startswith(("|---", "| fault |", "| guarantee |"))
 ]
 

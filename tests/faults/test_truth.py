@@ -15,6 +15,7 @@ from fault_helpers import LIMIT
 from keisei.events import ExitCause, Remedy, WorkerReady, WorkerSuspected
 from keisei.exceptions import WorkerLost
 from keisei.protocol.line import Line
+from keisei.testing.failpoints import Failpoint, Gate, armed
 from keisei.testing.scenarios import fail_after, next_event
 from keisei.training.parallel.flow import Flow
 
@@ -42,6 +43,23 @@ async def test_an_error_in_taking_a_batch_is_the_applications(make_manager, monk
                 await manager.collect(min_steps=1000)
         assert manager.incidents == ()
         assert manager.workers[0].state == "stopped"
+
+
+async def test_an_error_of_the_applications_is_raised_at_once(make_manager, monkeypatch):
+    """Whoever waits for batches has it while the workers are still busy."""
+
+    def failing(flow, batch):
+        raise Bug("not the worker's")
+
+    monkeypatch.setattr(Flow, "arrived", failing)
+    with Gate() as gate:
+        worker = armed(pool_workers.Counting, Failpoint("collect", gate.hold, hit=2))
+        patient = {"num_workers": 1, "shutdown_timeout": LIMIT / 2}
+        async with fail_after(LIMIT), make_manager(worker, **patient) as manager:
+            with pytest.raises(Bug):
+                await manager.collect(min_steps=1000)
+            assert manager.workers[0].pid is not None
+            gate.open()
 
 
 @pytest.mark.parametrize("place", ["last_words", "read_to_the_end"])

@@ -209,6 +209,7 @@ async def test_start_cancelled_at_any_turn_leaves_nothing(make_manager, backend)
                 if turns > 0:
                     with pytest.raises(ManagerStateError):
                         await manager.start()
+                    assert manager.is_healthy or manager.state == "stopped"
                 if manager.is_healthy:
                     started = True
                 await manager.stop()

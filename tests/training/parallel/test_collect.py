@@ -187,6 +187,8 @@ async def test_a_waiting_collect_ends_at_request_stop(make_manager):
         ):
             waiting = asyncio.create_task(manager.collect())
             await gate.visitor()
+            await pool_workers.turn()  # a worker that is there already is met without a wait
+            assert not waiting.done()
             manager.request_stop()
             assert await waiting == []
             gate.open()

@@ -139,7 +139,8 @@ async def test_weights_are_not_pushed_into_a_round(make_manager):
             collecting = asyncio.create_task(manager.collect())
             held = [await gate.visitor(), await gate.visitor()]
             pushing = asyncio.create_task(manager.push_weights({"w": torch.ones(1)}))
-            await manager.send_command("number", worker_ids=[])
+            for _ in range(20):
+                await pool_workers.turn()
             assert not pushing.done()
             assert manager.weights_version == 1
             for visitor in held:

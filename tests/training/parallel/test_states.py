@@ -12,7 +12,7 @@ import torch
 import pool_workers
 from keisei.exceptions import ManagerStateError, PoolExhausted, WorkerStartError
 from keisei.testing.failpoints import Failpoint, Gate, armed, exit_now
-from keisei.testing.leaks import check_no_leaks
+from keisei.testing.leaks import check_no_leaks, has_ended
 from keisei.testing.scenarios import fail_after
 
 USES = {
@@ -139,6 +139,7 @@ async def test_stop_lets_workers_finish_and_tear_down(make_manager):
         async with fail_after(30):
             await manager.start()
             held = await collecting.visitor()
+            pid = manager.workers[0].pid
             stopping = asyncio.create_task(manager.stop())
             await asyncio.wait([stopping], timeout=0.05)
             held.release()
@@ -146,6 +147,7 @@ async def test_stop_lets_workers_finish_and_tear_down(make_manager):
             assert not stopping.done()
             last.release()
             await stopping
+            assert has_ended(pid)
             assert manager.incidents == ()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from keisei.exceptions import (
     WorkerLost,
     WorkerStartError,
 )
+from keisei.ipc.weights import WeightsPublisher
 from keisei.testing.failpoints import Failpoint, Gate, armed, kill
 from keisei.testing.scenarios import fail_after, next_event
 from pool_workers import a_model
@@ -147,9 +149,12 @@ async def test_a_new_incarnation_has_the_newest_weights_before_it_collects(make_
             await manager.push_weights({"w": torch.full((3,), version)})
         with pytest.raises(Exception, match="SIGKILL"):
             await manager.send_command("versions", worker_ids=[0])
-        for batch in await manager.collect():
-            assert batch.weights_version == 5
-            assert batch.data["w"].tolist() == [5, 5, 5]
+        incarnation = 0
+        while incarnation == 0:  # a round begins with the workers that are ready then
+            for batch in await manager.collect():
+                assert batch.weights_version == 5
+                assert batch.data["w"].tolist() == [5, 5, 5]
+                incarnation = max(incarnation, batch.incarnation)
 
 
 @pytest.mark.parametrize("size", [16, 1 << 20], ids=["small", "copied in a thread"])
@@ -324,6 +329,35 @@ async def test_a_push_cancelled_in_flight_is_published_or_not_and_counted_so(mak
         before = manager.weights_version
         assert await manager.push_weights({"w": torch.zeros(size)}, wait=True) == before + 1
         assert await manager.send_command("version") == {0: before + 1}
+
+
+async def test_a_push_cancelled_in_its_copy_ends_with_it(make_manager, monkeypatch):
+    """The copy is made in a thread: until it is done, the push is not over and no other begins."""
+    copying, go_on = threading.Event(), threading.Event()
+    publish = WeightsPublisher.publish
+
+    def held(publisher, tensors):
+        copying.set()
+        go_on.wait()
+        return publish(publisher, tensors)
+
+    large = {"w": torch.zeros(1 << 21)}
+    async with fail_after(60), make_manager(pool_workers.Counting, num_workers=1) as manager:
+        await manager.push_weights(large)
+        monkeypatch.setattr(WeightsPublisher, "publish", held)
+        pushing = asyncio.create_task(manager.push_weights(large))
+        await asyncio.to_thread(copying.wait)
+        pushing.cancel()
+        following = asyncio.create_task(manager.push_weights(large))
+        for _ in range(20):
+            await pool_workers.turn()
+        was_done = pushing.done()
+        go_on.set()
+        assert not was_done
+        with pytest.raises(asyncio.CancelledError):
+            await pushing
+        assert await following == 3
+        assert manager.stats().num_pushes == manager.weights_version == 3
 
 
 async def test_concurrent_pushes_get_versions_of_their_own(make_manager):
