@@ -60,7 +60,7 @@ class Player:
         self.envs: list[gymnasium.Env[Any, Any]] = []
         try:
             for _ in range(num_envs):
-                self.envs.append(_make_env(env, env_kwargs))
+                self.envs.append(make_env(env, env_kwargs))
                 progress()
             self._leaves = observation_leaves(self.envs[0].observation_space)
         except BaseException:
@@ -160,9 +160,14 @@ class Player:
         return tensors.get("", tensors)
 
 
-def _make_env(
+def make_env(
     env: str | Callable[..., gymnasium.Env[Any, Any]], env_kwargs: Mapping[str, Any]
 ) -> gymnasium.Env[Any, Any]:
+    """Make one environment from an id or a callable.
+
+    Raises:
+        ConfigurationError: What was made is no ``gymnasium.Env``.
+    """
     made: Any = gymnasium.make(env, **env_kwargs) if isinstance(env, str) else env(**env_kwargs)
     if not isinstance(made, gymnasium.Env):
         raise ConfigurationError(
