@@ -8,18 +8,38 @@ from typing import Any
 from keisei.training.spaces import np
 
 
+class _Ended:
+    """Episodes that ended, oldest first."""
+
+    def __init__(self) -> None:
+        self.returns: list[float] = []
+        self.lengths: list[int] = []
+
+    def add(self, total: float, length: int) -> None:
+        self.returns.append(total)
+        self.lengths.append(length)
+
+
 class EpisodeLog:
     """Adds rewards up, in double precision, and notes each episode as it ends.
 
-    Lengths come from one clock for all environments, so a step costs a single addition.
+    An environment may tell of its episodes itself; from then on only those count: above its
+    statistics, rewards may be scaled and episodes cut. Lengths come from one clock for all
+    environments, so a step costs a single addition.
     """
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, *, is_told: bool = False) -> None:
+        """Begin.
+
+        Args:
+            num_envs: How many environments.
+            is_told: Whether the environments are known to tell of their episodes.
+        """
         self._returns = np.zeros(num_envs)
         self._starts = [0] * num_envs
         self._clock = 0
-        self._ended_returns: list[float] = []
-        self._ended_lengths: list[int] = []
+        self._is_told = is_told
+        self._counted, self._told = _Ended(), _Ended()
 
     def begin(self) -> None:
         """Begin new episodes everywhere; those in progress are forgotten."""
@@ -39,16 +59,24 @@ class EpisodeLog:
             pause: Steps that follow before their next episode's first one.
         """
         for env in envs:
-            self._ended_returns.append(self._returns[env].item())
-            self._ended_lengths.append(self._clock - self._starts[env])
+            self._counted.add(self._returns[env].item(), self._clock - self._starts[env])
             self._returns[env] = 0.0
             self._starts[env] = self._clock + pause
 
-    def take(self) -> dict[str, list[float] | list[int]]:
-        """Hand over what ended since the last call: returns and lengths, oldest first."""
-        taken: dict[str, list[float] | list[int]] = {
-            "episode_returns": self._ended_returns,
-            "episode_lengths": self._ended_lengths,
+    def tell(self, total: float, length: int) -> None:
+        """Note an episode of which an environment told itself."""
+        self._is_told = True
+        self._told.add(total, length)
+
+    def take(self) -> dict[str, Any]:
+        """Hand over what ended since the last call: returns and lengths, oldest first.
+
+        ``episode_source`` is "info" if the environments told, and "rewards" if they were counted.
+        """
+        ended = self._told if self._is_told else self._counted
+        self._counted, self._told = _Ended(), _Ended()
+        return {
+            "episode_returns": ended.returns,
+            "episode_lengths": ended.lengths,
+            "episode_source": "info" if self._is_told else "rewards",
         }
-        self._ended_returns, self._ended_lengths = [], []
-        return taken

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from keisei.exceptions import ConfigurationError
+from keisei.training.actions import make_action_filter
 from keisei.training.actor_critic import ActorCritic, Policy
+from keisei.training.checks import check_numbers
 from keisei.training.episodes import EpisodeLog
+from keisei.training.infos import tells_episodes
 from keisei.training.rollout_buffer import RolloutBuffer
 from keisei.training.rollouts import (
     Observations,
     generalized_advantage_estimate,
     get_observations,
 )
-from keisei.training.spaces import (
-    AutoresetMode,
-    Space,
-    SyncVectorEnv,
-    VectorEnv,
-    gymnasium,
-    np,
-    observation_leaves,
-)
-from keisei.training.vectorization import (
-    VectorEnvMaker,
-    autoreset_mode_of,
+from keisei.training.sources import (
+    EnvKwargs,
+    EnvSource,
+    OpenEnvs,
+    Source,
     find_count_problems,
-    make_action_filter,
 )
+from keisei.training.spaces import AutoresetMode, Space, VectorEnv, np, observation_leaves
+from keisei.training.stepping import make_stepper
 from keisei.worker import Experience, Worker, WorkerContext
 
 __all__ = [
@@ -43,8 +40,6 @@ __all__ = [
     "generalized_advantage_estimate",
     "get_observations",
 ]
-
-_Array = np.ndarray[Any, Any]
 
 
 class GymnasiumWorker(Worker):
@@ -73,29 +68,45 @@ class GymnasiumWorker(Worker):
                                            the loss. All true unless the mode is ``NEXT_STEP``
     ======================= ============== =====================================================
 
-    ``generalized_advantage_estimate`` takes these tensors as they are. ``info`` has the returns
-    (``float``, undiscounted) and lengths of the episodes that ended in the rollout, oldest first,
-    as ``episode_returns`` and ``episode_lengths``, and the worker's ``seed``. ``num_steps`` counts
-    the true entries of ``mask``.
+    ``generalized_advantage_estimate`` takes these tensors as they are. ``num_steps`` counts the
+    true entries of ``mask``. ``info`` has the worker's ``seed``, and of the episodes that ended in
+    the rollout, oldest first:
+
+    ======================= =====================================================================
+    ``episode_returns``     ``list[float]``, undiscounted
+    ``episode_lengths``     ``list[int]``, in steps
+    ``episode_source``      ``"info"`` if the environments tell of their episodes, as Gymnasium's
+                            ``RecordEpisodeStatistics`` does in ``info["episode"]``: then only
+                            those count, whatever wrappers above do to rewards and ends.
+                            ``"rewards"`` if the worker adds up the rewards that it gets
+    ======================= =====================================================================
+
+    Policies and environments are given copies, so nothing that they do in place changes the record.
+    Only the policy runs in ``torch.inference_mode``; environments may learn in ``step`` and
+    ``reset``. An observation that does not fit its space (another shape, or values that its dtype
+    cannot hold) and a number that is NaN raise, with the environment, the name and the step.
 
     The same ``context.seed`` gives the same rollouts, bit by bit, if the policy draws from torch's
     global generator, as ``ActorCritic`` does, and the pool (or the caller) seeded that.
 
     Args:
-        env: An environment id for ``gymnasium.make``, or a callable that returns an environment.
+        env: An environment id for ``gymnasium.make`` (also ``"module:Id-v0"``), an ``EnvSpec``, or
+            a callable that returns an environment or a vector environment, such as a wrapped one
+            or one of EnvPool; or a sequence with one of these (no vector environment) per index.
         policy: A callable ``policy(observation_space, action_space)``, given the spaces of one
             environment, that returns an ``nn.Module`` which is a ``Policy``; the class
             ``ActorCritic`` is one. Or such a module, which is copied.
-        num_envs: Environments in this worker.
+        num_envs: Environments in this worker. A callable's vector environment has its own number.
         rollout_length: Steps of each environment in one rollout.
-        env_kwargs: Arguments for every environment.
+        env_kwargs: Arguments for every environment; or a callable ``(context, index)`` that gives
+            those of one, for ports, folders, scenarios or names by worker and index.
         vectorization: ``"sync"`` steps the environments one after the other, ``"async"`` gives
-            each a process of its own below the worker's, and ``"vector_entry_point"`` takes the
-            vector environment that is registered with the id.
+            each a process of its own below the worker's, with generators of its own, and
+            ``"vector_entry_point"`` takes the vector environment that is registered with the id.
         autoreset_mode: A ``gymnasium.vector.AutoresetMode`` or its value. Experience is correct in
             all of them. By default ``DISABLED``: the worker resets environments itself, so no
             step is wasted and no final observation can be overwritten by the reset. A vector
-            entry point has its own mode.
+            environment has its own mode; give it here only if its metadata does not.
 
     Raises:
         ConfigurationError: An argument that cannot work.
@@ -103,19 +114,24 @@ class GymnasiumWorker(Worker):
 
     def __init__(
         self,
-        env: str | Callable[..., gymnasium.Env[Any, Any]],
+        env: Source | Sequence[Source],
         policy: Callable[[Space[Any], Space[Any]], nn.Module] | nn.Module,
         num_envs: int = 1,
         rollout_length: int = 128,
         *,
-        env_kwargs: Mapping[str, Any] | None = None,
+        env_kwargs: EnvKwargs | None = None,
         vectorization: str = "sync",
         autoreset_mode: AutoresetMode | str | None = None,
     ) -> None:
-        self._make_envs = VectorEnvMaker(
-            env, num_envs, dict(env_kwargs or {}), vectorization, autoreset_mode
+        self._source = EnvSource(
+            env,
+            num_envs,
+            {} if env_kwargs is None else env_kwargs,
+            vectorization,
+            autoreset_mode,
+            frozenset({"episode"}),
         )
-        problems = list(self._make_envs.find_problems())
+        problems = list(self._source.find_problems())
         problems += find_count_problems(rollout_length=rollout_length)
         if not callable(policy):
             problems.append(f"policy = {policy!r}: must be a module or a callable that makes one")
@@ -123,7 +139,7 @@ class GymnasiumWorker(Worker):
             raise ConfigurationError(problems)
         self._policy = policy
         self._rollout_length = rollout_length
-        self._envs: VectorEnv[Any, Any, Any] | None = None
+        self._opened: OpenEnvs | None = None
 
     @property
     def envs(self) -> VectorEnv[Any, Any, Any]:
@@ -132,144 +148,69 @@ class GymnasiumWorker(Worker):
         Raises:
             RuntimeError: It does not exist before ``setup`` and after ``teardown``.
         """
-        if self._envs is None:
+        if self._opened is None:
             raise RuntimeError("the environments exist only between setup() and teardown()")
-        return self._envs
+        return self._opened.envs
 
     def setup(self, context: WorkerContext) -> None:
         """Build environments and policy, begin episodes, and try the policy on them once.
 
+        The construction and the first reset of each single environment are progress.
+
         Raises:
-            ConfigurationError: The spaces are not supported, or the policy does not fit them.
+            ConfigurationError: The environments cannot be made as told, their spaces are not
+                supported, or the policy does not fit them.
+            ValueError: A first observation does not fit its space.
         """
         self.context = context
-        self._envs = envs = self._make_envs()
-        context.progress()
-        self._mode = autoreset_mode_of(envs)
-        self._leaves = observation_leaves(envs.single_observation_space)
-        action_space = envs.single_action_space
-        self._filter_actions = make_action_filter(action_space)
-        self._buffer = RolloutBuffer(
-            self._leaves, action_space, self._rollout_length, envs.num_envs
+        self._opened = opened = self._source.open(context)
+        envs = opened.envs
+        make_action_filter(envs.single_action_space)  # refuses what has no tensors
+        self._buffer = buffer = RolloutBuffer(
+            observation_leaves(envs.single_observation_space),
+            envs.single_action_space,
+            self._rollout_length,
+            envs.num_envs,
         )
-        self._episodes = EpisodeLog(envs.num_envs)
+        self._episodes = EpisodeLog(envs.num_envs, is_told=tells_episodes(envs))
+        self._stepper = make_stepper(opened, buffer, self._episodes, context.progress)
         self.model = model = self._make_policy(envs).to(context.device).eval()
         self._act, self._value = model.act, model.value
         # 31 bits, since environments exist that hand their seed on to a 32-bit generator.
-        seed = int(np.random.SeedSequence(context.seed).generate_state(1)[0]) >> 1
-        self._resetting: _Array | None = None
-        self._step = self._step_together
-        if isinstance(envs, SyncVectorEnv) and self._mode is AutoresetMode.DISABLED:
-            self._step, self._each = self._step_each, envs.envs
-        self._begin_episodes(seed)
+        self._stepper.begin(int(np.random.SeedSequence(context.seed).generate_state(1)[0]) >> 1)
         self._check_policy()
 
     def collect(self) -> Experience:
-        """Take ``rollout_length`` steps in every environment."""
-        buffer, act, step, progress = self._buffer, self._act, self._step, self.context.progress
-        with torch.inference_mode():
-            buffer.begin()
-            for row in range(self._rollout_length):
-                buffer.write_decisions(row, *act(self._on_device(buffer.policy_inputs[row])))
-                step(row)
-                progress()
-            values = self._value(self._on_device(buffer.bootstrap_inputs()))
-            data = buffer.finish(values)
+        """Take ``rollout_length`` steps in every environment.
+
+        Raises:
+            ValueError: An observation does not fit its space, or a number of the rollout is NaN;
+                names the environment, the tensor and the step.
+        """
+        buffer, act, step = self._buffer, self._act, self._stepper.step
+        device, inference_mode = self.context.device, torch.inference_mode()
+        buffer.begin()
+        for row in range(self._rollout_length):
+            with inference_mode:  # the policy's, not the environments': those may learn in step()
+                buffer.write_decisions(row, *act(buffer.policy_input(row, device)))
+            step(row)
+        with inference_mode:
+            values = self._value(buffer.bootstrap_input(device))
+        data = buffer.finish(values)
+        check_numbers(data, buffer.scores)
         info = {**self._episodes.take(), "seed": self.context.seed}
         return Experience(data, info, num_steps=int(np.count_nonzero(buffer.mask)))
 
     def reset(self) -> None:
         """Begin new episodes in all environments; those in progress are not reported."""
-        self._begin_episodes(None)
+        self._stepper.begin(None)
 
     def teardown(self) -> None:
         """Close the environments."""
-        if self._envs is not None:
-            self._envs.close()
-            self._envs = None
-
-    def _begin_episodes(self, seed: int | None) -> None:
-        observations, _ = self.envs.reset(seed=seed)
-        self._buffer.write_observations(-1, observations)
-        self._episodes.begin()
-        self._resetting = None
-
-    def _step_each(self, row: int) -> None:
-        """Step environments of this process one by one, and reset each that ended.
-
-        What ``SyncVectorEnv.step`` does beyond this, above all gathering infos that nobody reads,
-        takes longer than an actor's forward pass.
-        """
-        buffer = self._buffer
-        actions = self._filter_actions(buffer.actions[row])
-        rewards, terminated, truncated = [], [], []
-        ended = []
-        for index, (env, action) in enumerate(zip(self._each, actions, strict=True)):
-            observation, reward, has_terminated, was_truncated, _ = env.step(action)
-            if has_terminated or was_truncated:
-                ended.append(index)
-                if not has_terminated:
-                    buffer.add_final_observation(row, index, observation)
-                observation, _ = env.reset()
-            buffer.write_observation(row + 1, index, observation)
-            rewards.append(float(reward))
-            terminated.append(has_terminated)
-            truncated.append(was_truncated)
-        buffer.rewards[row] = rewards
-        buffer.terminated[row] = terminated
-        buffer.truncated[row] = truncated
-        self._episodes.add(rewards)
-        if ended:
-            self._episodes.end(ended)
-
-    def _step_together(self, row: int) -> None:
-        """Step a vector environment of any kind and mode."""
-        buffer = self._buffer
-        actions = self._filter_actions(buffer.actions[row])
-        observations, rewards, terminated, truncated, infos = self.envs.step(actions)
-        if self._resetting is not None:
-            buffer.mask[row] = running = ~self._resetting
-            rewards = rewards * running
-            terminated, truncated = terminated & running, truncated & running
-            self._resetting = None
-        buffer.rewards[row] = rewards
-        buffer.terminated[row] = terminated
-        buffer.truncated[row] = truncated
-        self._episodes.add(rewards)
-        if np.count_nonzero(terminated) or np.count_nonzero(truncated):
-            observations = self._end_episodes(row, observations, terminated, truncated, infos)
-        buffer.write_observations(row + 1, observations)
-
-    def _end_episodes(
-        self, row: int, observations: Any, terminated: _Array, truncated: _Array, infos: Any
-    ) -> Any:
-        """Account for episodes that ended at ``row``, and return what the next step starts from.
-
-        In ``NEXT_STEP`` mode the final observation is the next row's, and so is its value: the
-        step that begins there only resets the environment, and is masked.
-        """
-        ended = terminated | truncated
-        envs = np.flatnonzero(ended).tolist()
-        if self._mode is AutoresetMode.NEXT_STEP:
-            self._resetting = ended
-            self._episodes.end(envs, pause=1)
-            return observations
-        self._episodes.end(envs)
-        finals = infos["final_obs"] if self._mode is AutoresetMode.SAME_STEP else observations
-        for env in envs:
-            if not terminated[env]:
-                self._buffer.add_final_observation(row, env, _pick(finals, env))
-        if self._mode is AutoresetMode.DISABLED:
-            observations, _ = self.envs.reset(options={"reset_mask": ended})
-        return observations
-
-    def _on_device(self, observations: Observations) -> Observations:
-        device = self.context.device
-        if device == "cpu":
-            return observations
-        if isinstance(observations, torch.Tensor):
-            return observations.to(device)
-        return {name: tensor.to(device) for name, tensor in observations.items()}
+        if self._opened is not None:
+            self._opened.envs.close()
+            self._opened = None
+            vars(self).pop("_stepper", None)  # it holds the environments too
 
     def _make_policy(self, envs: VectorEnv[Any, Any, Any]) -> Any:
         if isinstance(self._policy, nn.Module):
@@ -284,15 +225,10 @@ class GymnasiumWorker(Worker):
 
     def _check_policy(self) -> None:
         """Find misfits now, where an error stops the start for good and is not retried."""
-        observations = self._on_device(self._buffer.policy_inputs[-1])
+        buffer, device = self._buffer, self.context.device
         with torch.inference_mode():
-            problems = self._buffer.find_misfits(self._act(observations), self._value(observations))
+            decisions = self._act(buffer.policy_input(-1, device))
+            values = self._value(buffer.policy_input(-1, device))
+        problems = buffer.find_misfits(decisions, values)
         if problems:
             raise ConfigurationError(problems)
-
-
-def _pick(observations: Any, env: int) -> Any:
-    """Take one environment's observation out of a batch, or out of an array of observations."""
-    if isinstance(observations, Mapping):
-        return {key: _pick(child, env) for key, child in observations.items()}
-    return observations[env]

@@ -13,6 +13,7 @@ import torch
 try:
     import gymnasium
     import numpy as np
+    from gymnasium.envs.registration import EnvSpec
     from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 except ImportError as error:
@@ -29,6 +30,7 @@ __all__ = [
     "Box",
     "Dict",
     "Discrete",
+    "EnvSpec",
     "Leaf",
     "MultiBinary",
     "MultiDiscrete",
@@ -47,13 +49,14 @@ class Leaf:
     """One array of an observation.
 
     Attributes:
-        path: ``""`` for a plain space; the keys joined by dots for a leaf of a ``Dict`` space.
+        path: ``""`` for a plain space; the keys, as text, joined by dots for a leaf of a ``Dict``
+            space.
         keys: The keys that lead to it from the whole observation.
         space: Its space, for one environment.
     """
 
     path: str
-    keys: tuple[str, ...]
+    keys: tuple[Any, ...]
     space: Box | Discrete | MultiDiscrete | MultiBinary
 
     def take_from(self, observation: Any) -> Any:
@@ -76,8 +79,8 @@ def observation_leaves(space: Space[Any]) -> tuple[Leaf, ...]:
     leaves: list[Leaf] = []
     problems: list[str] = []
 
-    def visit(node: Space[Any], keys: tuple[str, ...]) -> None:
-        path = ".".join(keys)
+    def visit(node: Space[Any], keys: tuple[Any, ...]) -> None:
+        path = ".".join(map(str, keys))
         if isinstance(node, Dict):
             for key, child in node.spaces.items():
                 visit(child, (*keys, key))

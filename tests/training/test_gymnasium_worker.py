@@ -132,7 +132,7 @@ def test_episodes_continue_across_rollouts(make_worker, mode, rollout_length):
             info[name] += part.info[name]
     for name, tensor in whole.data.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), tensor), name
-    assert {**info, "seed": 7} == whole.info
+    assert {**info, "seed": 7, "episode_source": "rewards"} == whole.info
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -281,15 +281,17 @@ def test_a_ready_module_is_copied(make_worker):
     assert not worker.model.training
 
 
-def test_progress_is_told_at_every_step(make_worker):
-    """The supervisor hears of each vector step, and of the setup."""
+def test_progress_is_told_by_every_environment(make_worker):
+    """Each construction, reset and step of a single environment is progress."""
     calls = []
     context = replace(CONTEXT, _progress=functools.partial(calls.append, 1))
     worker = make_worker(CountingEnv, CountingPolicy, 2, 5, context=context)
     during_setup = len(calls)
     worker.collect()
-    assert during_setup == 1
-    assert len(calls) == during_setup + 5
+    # Two constructions (the first is told twice) and two resets; in five steps each environment
+    # ends two episodes.
+    assert during_setup == 3 + 2
+    assert len(calls) == during_setup + 2 * (5 + 2)
 
 
 def test_teardown_closes_every_environment_once(make_worker):
@@ -434,7 +436,22 @@ def test_delivered_tensors_can_be_trained_on(make_worker):
     [
         ({"num_envs": 0}, "num_envs = 0: must be an integer of at least 1"),
         ({"rollout_length": 2.5}, "rollout_length = 2.5: must be an integer of at least 1"),
-        ({"env": 3}, "env = 3: must be an environment id or a callable that makes one"),
+        (
+            {"env": 3},
+            "env = 3: must be an environment id, an EnvSpec, or a callable that makes one",
+        ),
+        (
+            {"env": ["CartPole-v1", 3]},
+            "env[1] = 3: must be an environment id, an EnvSpec, or a callable that makes one",
+        ),
+        (
+            {"env": ["CartPole-v1"] * 2, "num_envs": 3},
+            "num_envs = 3: env has 2 entries",
+        ),
+        (
+            {"env_kwargs": 3},
+            "env_kwargs = 3: must be a mapping, or a callable (context, index) that returns one",
+        ),
         ({"policy": None}, "policy = None: must be a module or a callable that makes one"),
         (
             {"vectorization": "threads"},
@@ -443,10 +460,6 @@ def test_delivered_tensors_can_be_trained_on(make_worker):
         (
             {"autoreset_mode": "never"},
             "autoreset_mode = 'never': must be one of 'NextStep', 'SameStep', 'Disabled'",
-        ),
-        (
-            {"vectorization": "vector_entry_point", "autoreset_mode": "SameStep"},
-            "autoreset_mode = 'SameStep': a vector entry point has its own",
         ),
         (
             {"vectorization": "vector_entry_point", "env": CountingEnv},
