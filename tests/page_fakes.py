@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +67,9 @@ class FakeManager:
         if self.numbers is None:
             raise RuntimeError("this manager is not started")
         return self.numbers
+
+    def iter_workers(self) -> Iterator[WorkerInfo]:
+        return iter(self.workers)
 
     def add_observer(self, observer: Any) -> None:
         self.observers.append(observer)

@@ -24,6 +24,7 @@ from keisei import (
 from keisei.events import Event, PoolStarted, WorkerIncident
 from keisei.observers import Observer, ObserverSet
 from keisei.observers.log import LogObserver
+from keisei.observers.page import PoolPage, pool_page
 from keisei.observers.progress import RichProgress
 
 
@@ -177,3 +178,14 @@ async def pool(manager: ParallelManager, model: torch.nn.Module) -> None:
     assert_type(report, RunReport)
     assert_type(report.metrics, Mapping[str, Any])
     manager.request_stop()
+
+
+def pages(manager: ParallelManager) -> None:
+    """A manager is what the page shows; the hook may be a coroutine function."""
+
+    async def authorize(scope: Any, action: str) -> bool:
+        return action == "pause"
+
+    assert_type(pool_page(manager), PoolPage)
+    assert_type(pool_page(manager, authorize=authorize, interval=1.0), PoolPage)
+    pool_page(manager, authorize=lambda scope, action: False)

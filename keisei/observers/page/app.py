@@ -24,7 +24,7 @@ _FILES = {
 }
 _READ = ("GET", "HEAD")
 _MAX_BODY = 4096
-_ROWS_AT_ONCE = 100
+_ROWS_AT_ONCE = 64
 _SLOTS_PER_SECOND = 400
 """Slots of a large pool that are shown anew in a second: it is looked at less often."""
 
@@ -143,7 +143,7 @@ class PoolPage:
         elif path == "/events" and method == "GET":
             await self._streams.answer(scope, receive, send)
         elif path == "/state.json":
-            await asgi.respond_json(send, 200, self._newest())
+            await asgi.respond_json(send, 200, await self._newest())
         elif path == "/curves.json":
             await asgi.respond_json(send, 200, self._view.curves())
         elif path == "/incidents.json":
@@ -153,7 +153,7 @@ class PoolPage:
 
     async def _page(self, scope: Scope, send: Send) -> None:
         actions = await self._actions.allowed(scope)
-        state, incidents = self._newest(), self._view.incidents()
+        state, incidents = await self._newest(), self._view.incidents()
         await asgi.start(send, 200, "text/html; charset=utf-8")
         if scope["method"] == "GET":
             parts = [html.head(self._title, self._version), html.top(self._title, state, actions)]
@@ -179,17 +179,23 @@ class PoolPage:
 
     # the state
 
-    def _newest(self) -> dict[str, Any]:
+    async def _newest(self) -> dict[str, Any]:
         """Return a state that is younger than the interval; for as many readers as there are."""
         now = time.monotonic()
         if now - self._made_at >= self._interval:
-            self._state, self._made_at = self._view.state(), now
+            self._state, self._made_at = await self._view.state(), now
         return self._state
 
-    def _make_frame(self) -> tuple[bytes, float]:
-        self._state, self._made_at = self._view.state(), time.monotonic()
-        seconds = max(self._interval, len(self._state["workers"]) / _SLOTS_PER_SECOND)
-        return asgi.dumps(self._state), seconds
+    async def _make_frame(self) -> tuple[bytes, float]:
+        self._state, self._made_at = await self._view.state(), time.monotonic()
+        workers = self._state["workers"]
+        parts = []
+        for first in range(0, len(workers), _ROWS_AT_ONCE):
+            parts.append(asgi.dumps(workers[first : first + _ROWS_AT_ONCE])[1:-1])
+            await anyio.lowlevel.checkpoint()
+        rest = asgi.dumps({name: one for name, one in self._state.items() if name != "workers"})
+        frame = b'%b,"workers":[%b]}' % (rest[:-1], b",".join(parts))
+        return frame, max(self._interval, len(workers) / _SLOTS_PER_SECOND)
 
 
 async def _send_part(send: Send, part: str) -> None:

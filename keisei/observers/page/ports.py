@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from keisei.events import Incident
@@ -73,9 +73,8 @@ class ShownManager(Protocol):
         """Where it is in its life."""
         ...
 
-    @property
-    def workers(self) -> Sequence[SlotInfo]:
-        """Every slot; none before the start."""
+    def iter_workers(self) -> Iterator[SlotInfo]:
+        """Iterate over the slots; there is none before the start."""
         ...
 
     @property

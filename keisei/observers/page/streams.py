@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
 
 from keisei.observers.page import servers
 from keisei.observers.page.asgi import FRESH, Receive, Scope, Send, start
 
-Make = Callable[[], tuple[bytes, float]]
+logger = logging.getLogger("keisei.observers.page")
+
+Make = Callable[[], Awaitable[tuple[bytes, float]]]
 """Returns the newest state in JSON, and the seconds after which the next one is due."""
 
 _LOOK = 0.1
@@ -43,7 +46,8 @@ class Feed:
         self._make = make
         self._is_closed = is_closed
         self._streams: set[Stream] = set()
-        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def num_streams(self) -> int:
@@ -51,34 +55,46 @@ class Feed:
         return len(self._streams)
 
     def join(self, stream: Stream) -> None:
-        """Open a stream; with the first one the timers begin."""
+        """Open a stream; with the first one the work begins."""
         self._streams.add(stream)
-        if len(self._streams) == 1:
+        if self._following is None:
             self._look()
-            self._tick()
-        stream.changed.set()
-
-    def leave(self, stream: Stream) -> None:
-        """Close a stream; with the last one the timers end."""
-        self._streams.discard(stream)
-        if not self._streams:
-            for timer in self._timers.values():
-                timer.cancel()
-            self._timers.clear()
-
-    def _tick(self) -> None:
-        state, seconds = self._make()
-        self.frame = b"event: state\ndata: " + state + b"\n\n"
-        for stream in self._streams:
+            following = asyncio.get_running_loop().create_task(self._follow(), name="keisei-page")
+            self._following = following
+        if self.frame:
             stream.changed.set()
-        self._timers[self._tick] = asyncio.get_running_loop().call_later(seconds, self._tick)
+
+    def leave(self, stream: Stream) -> set[asyncio.Task[None]]:
+        """Close a stream; with the last one the work ends. Returns the tasks that are ending."""
+        self._streams.discard(stream)
+        if self._streams or self._following is None:
+            return set()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._following.cancel()
+        return {self._following}
+
+    async def _follow(self) -> None:
+        """Make frames until the server is to end, or nobody looks."""
+        try:
+            while not self.ending.is_set():
+                state, seconds = await self._make()
+                self.frame = b"event: state\ndata: " + state + b"\n\n"
+                for stream in self._streams:
+                    stream.changed.set()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self.ending.wait()
+        except Exception:
+            logger.exception("the page's state could not be made; open pages stand still")
+            raise
 
     def _look(self) -> None:
         if self._is_closed() or servers.are_ending(self.servers):
             self.ending.set()
         else:
             loop = asyncio.get_running_loop()
-            self._timers[self._look] = loop.call_later(_LOOK, self._look)
+            self._timer = loop.call_later(_LOOK, self._look)
 
 
 class Stream:
@@ -172,7 +188,7 @@ class StreamResponses:
             if sending.done():
                 sending.result()
         finally:
-            feed.leave(stream)
+            tasks |= feed.leave(stream)
             if not feed.num_streams:
                 self._feeds.pop(loop, None)
             for task in tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from keisei.events import Event, Incident, PoolPaused, PoolResumed
@@ -220,7 +220,15 @@ class ParallelManager(Sizing, ManagedWeights):
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Every slot, by worker id."""
-        return self._pool.workers() if self._pool is not None else ()
+        return tuple(self.iter_workers())
+
+    def iter_workers(self) -> Iterator[WorkerInfo]:
+        """Iterate over the slots by worker id; each is described as it is when it is taken.
+
+        For large pools: describing a thousand slots takes about ten milliseconds, between which the
+        event loop may turn.
+        """
+        return self._pool.workers() if self._pool is not None else iter(())
 
     @property
     def incidents(self) -> Sequence[Incident]:

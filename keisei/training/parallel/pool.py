@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -182,13 +182,11 @@ class Pool:
         if self.supervisor.failure is not None:
             raise self.supervisor.failure
 
-    def workers(self) -> tuple[WorkerInfo, ...]:
-        """Describe every slot that is wanted or still has a process, by worker id."""
-        return tuple(
-            self._worker_info(worker_id)
-            for worker_id in sorted(self.supervisor.slots)
-            if worker_id < self.num_workers or not self.supervisor.is_closed(worker_id)
-        )
+    def workers(self) -> Iterator[WorkerInfo]:
+        """Describe each slot that is wanted or still has a process, by worker id."""
+        for worker_id in sorted(self.supervisor.slots):
+            if worker_id < self.num_workers or not self.supervisor.is_closed(worker_id):
+                yield self._worker_info(worker_id)
 
     def _worker_info(self, worker_id: int) -> WorkerInfo:
         slot = self.supervisor.slots[worker_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from keisei.observers.page import pool_page
 from keisei.observers.page.streams import StreamResponses
 from keisei.testing.scenarios import fail_after
-from page_fakes import STATS, Client, FakeManager
+from page_fakes import STATS, Client, FakeManager, worker
 
 INTERVAL = 0.01
 
@@ -41,13 +42,14 @@ async def test_nothing_is_looked_at_without_an_open_page():
             await client.frames(2)
         assert page.num_streams == 2
         (feed,) = page._streams._feeds.values()
-        assert len(feed._timers) == 2
         clients[0].leave()
         await clients[0].task
-        assert len(feed._timers) == 2
+        assert not feed._following.done()
         clients[1].leave()
         await clients[1].task
-        assert (page.num_streams, page._streams._feeds, feed._timers) == (0, {}, {})
+        assert (page.num_streams, page._streams._feeds) == (0, {})
+        assert feed._following.done()
+        assert feed._timer.cancelled()
 
 
 async def test_all_streams_share_one_look():
@@ -105,7 +107,11 @@ async def test_a_browser_that_leaves_while_it_is_slow_ends_its_stream():
 async def test_a_stream_ends_by_itself_before_any_server_waits_for_it(limit):
     """After its time, or so many bytes, it is complete, and the browser opens another one."""
     async with fail_after(30):
-        responses = StreamResponses(lambda: (b'{"sequence":1}', INTERVAL), **limit)
+
+        async def make():
+            return b'{"sequence":1}', INTERVAL
+
+        responses = StreamResponses(make, **limit)
         client = Client(responses.answer)
         await client.task
         assert client.is_complete
@@ -172,6 +178,34 @@ async def test_a_server_that_raises_for_a_client_that_is_gone_is_understood():
 async def test_a_large_pool_is_looked_at_less_often():
     """A thousand slots are shown anew every 2.5 s, whatever the interval is."""
     page = pool_page(FakeManager(workers=FakeManager().workers * 500), interval=INTERVAL)
-    frame, seconds = page._make_frame()
+    frame, seconds = await page._make_frame()
     assert seconds == 2.5
     assert len(frame) < 100_000
+
+
+async def test_a_large_pool_does_not_hold_the_loop_up():
+    """The loop turns many times while a thousand rows are made, and the frame is as a whole."""
+    page = pool_page(FakeManager(workers=tuple(map(worker, range(1000)))), interval=INTERVAL)
+    making = asyncio.create_task(page._make_frame())
+    turns = 0
+    while not making.done():
+        await asyncio.wait([making], timeout=0)
+        turns += 1
+    state = json.loads(making.result()[0])
+    assert turns > 30
+    assert [row[0] for row in state["workers"]] == list(range(1000))
+    assert state["sequence"] == 1
+
+
+async def test_a_state_that_cannot_be_made_is_logged(caplog):
+    """The streams stand still and end in their time; the reason is in the log."""
+
+    async def make():
+        raise ZeroDivisionError
+
+    async with fail_after(30):
+        client = Client(StreamResponses(make, max_seconds=0.05).answer)
+        await client.task
+        assert client.is_complete
+        assert client.states == []
+    assert "the page's state could not be made; open pages stand still" in caplog.text

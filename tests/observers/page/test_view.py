@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ from keisei.events import (
     UpdateCompleted,
     WeightsPushed,
 )
+from keisei.observers.page import pool_page
 from keisei.observers.page.view import SHOWN_INCIDENTS, View, return_of, row_of
 from keisei.testing.scenarios import fail_after
 from page_fakes import STATS, FakeManager, worker
@@ -31,6 +35,10 @@ class Clock:
 @pytest.fixture
 def clock():
     return Clock()
+
+
+def state_of(view: View) -> dict[str, Any]:
+    return asyncio.run(view.state())
 
 
 def advance(manager: FakeManager, clock: Clock, seconds: float, **more: int) -> None:
@@ -51,15 +59,15 @@ async def test_it_follows_a_real_manager_through_its_life(make_manager):
     manager = make_manager(pool_workers.Counting, backend="inline")
     view = View(manager)
     manager.add_observer(view)
-    told = [view.state()]
+    told = [await view.state()]
     async with fail_after(30), manager:
         await manager.push_weights(pool_workers_weights())
-        told.append(view.state())
+        told.append(await view.state())
         await manager.pause()
-        told.append(view.state())
+        told.append(await view.state())
         await manager.resume()
-        told.append(view.state())
-    told.append(view.state())
+        told.append(await view.state())
+    told.append(await view.state())
     states = [state["state"] for state in told]
     assert states == ["not started", "running", "paused", "running", "stopped"]
     assert (told[0]["numbers"], told[0]["workers"]) == (None, [])
@@ -79,7 +87,7 @@ async def test_a_manager_that_was_stopped_before_its_start_is_told_as_stopped(ma
     """There are no numbers, and no error."""
     manager = make_manager(pool_workers.Counting, backend="inline")
     await manager.stop()
-    state = View(manager).state()
+    state = await View(manager).state()
     assert (state["state"], state["numbers"], state["workers"]) == ("stopped", None, [])
 
 
@@ -89,18 +97,18 @@ def test_a_pool_that_has_failed_says_why():
     view = View(manager)
     incident = Incident(1, 0, ExitCause.SIGNAL, exitcode=-9)
     view.on_event(PoolEscalated(incident))
-    assert (view.state()["state"], view.state()["failure"]) == ("failed", incident.summary)
+    assert (state_of(view)["state"], state_of(view)["failure"]) == ("failed", incident.summary)
     manager.state = "stopped"
-    assert (view.state()["state"], view.state()["failure"]) == ("stopped", incident.summary)
+    assert (state_of(view)["state"], state_of(view)["failure"]) == ("stopped", incident.summary)
 
 
 def test_rates_are_those_since_the_look_before(clock):
     """Steps and batches per second come from the pool's counters."""
     manager = FakeManager()
     view = View(manager, clock)
-    assert view.state()["rates"] == {"steps/s": None, "batches/s": None}
+    assert state_of(view)["rates"] == {"steps/s": None, "batches/s": None}
     advance(manager, clock, 2.0, num_steps=100, num_batches=4)
-    assert view.state()["rates"] == {"steps/s": 50.0, "batches/s": 2.0}
+    assert state_of(view)["rates"] == {"steps/s": 50.0, "batches/s": 2.0}
 
 
 def test_without_an_open_page_samples_come_with_events_once_a_second(clock):
@@ -186,17 +194,12 @@ def test_what_commands_a_terminal_is_taken_out():
     assert (told["stderr"], told["traceback"]) == ("red bell tab\tline\n", "")
 
 
-def test_a_look_at_eight_workers_is_cheap():
+async def test_a_look_at_eight_workers_is_cheap():
     """It takes less than the half millisecond by which an open page may hold the loop up."""
-    import time
-
-    from keisei.observers.page import pool_page
-
     page = pool_page(FakeManager(workers=tuple(map(worker, range(8))), numbers=STATS))
-    page._make_frame()
     costs = []
     for _ in range(50):
         begun = time.thread_time()
-        page._make_frame()
+        await page._make_frame()
         costs.append(time.thread_time() - begun)
     assert min(costs) < 0.0005
