@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nox
@@ -39,6 +41,33 @@ EXTRAS = (
 )
 
 
+def working_python() -> str | None:
+    """Return the interpreter for all sessions: ``None`` is the one that runs nox, if it will do.
+
+    Otherwise it is the newest one at hand that the project names and that starts: a name on the
+    path may be a stub that does not.
+    """
+    named = [
+        found.group(1)
+        for line in PYPROJECT["project"]["classifiers"]
+        if (found := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
+    ]
+    if "{}.{}".format(*sys.version_info) in named:
+        return None
+    for version in reversed(named):
+        program = shutil.which(f"python{version}")
+        if program is None:
+            continue
+        start = [program, "-c", ""]
+        done = subprocess.run(start, check=False, capture_output=True)  # noqa: S603 - a Python
+        if done.returncode == 0:
+            return version
+    return None
+
+
+PYTHON = working_python()
+
+
 def install(session: nox.Session, *groups: str, extras: tuple[str, ...] = EXTRAS) -> None:
     """Install torch, then the built package with ``extras``, then the dependency ``groups``."""
     session.install(TORCH)
@@ -56,7 +85,7 @@ def lowest(requirement: str) -> str:
     return TORCH if name == "torch" else f"{name}=={version}"
 
 
-@nox.session
+@nox.session(python=PYTHON)
 def tests(session: nox.Session) -> None:
     """Run the tests against the built and installed package with every extra."""
     install(session, "test")
@@ -64,29 +93,34 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env={"KEISEI_TEST_INSTALLED": "1"})
 
 
-@nox.session
+@nox.session(python=PYTHON)
 def lint(session: nox.Session) -> None:
-    """Check style and format with ruff."""
+    """Check style and format with ruff, and what would be published with twine and its kin."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", "--check")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    session.run("check-wheel-contents", *map(str, dist.glob("*.whl")))
 
 
-@nox.session
+@nox.session(python=PYTHON)
 def typing(session: nox.Session) -> None:
     """Check the package and tests/typing with mypy, strictly."""
     install(session, "typing")
     session.run("mypy", *session.posargs)
 
 
-@nox.session
+@nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
     """Solve CartPole with two supervised workers, one of which is killed on the way."""
     install(session, extras=("examples",))
     session.run("python", "examples/train_cartpole.py", *session.posargs)
 
 
-@nox.session
+@nox.session(python=PYTHON)
 def examples(session: nox.Session) -> None:
     """Run every example at its smallest size."""
     install(session)
@@ -96,14 +130,14 @@ def examples(session: nox.Session) -> None:
             session.run("python", f"examples/{example.name}", "--smoke", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def soak(session: nox.Session) -> None:
     """Verify every batch of pools under the chaos monkey; ``-- --minutes N``, 10 by default."""
     install(session)
     session.run("python", "tests/soak.py", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def stress(session: nox.Session) -> None:
     """Repeat every race a hundred times: the tests marked ``stress``."""
     install(session, "test")
@@ -111,7 +145,7 @@ def stress(session: nox.Session) -> None:
     session.run("pytest", "-m", "stress", "--timeout=900", *session.posargs, env=env)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def mutation(session: nox.Session) -> None:
     """Break the guarantees on purpose, one after the other: ``-- --breaks [NAME ...]``."""
     install(session, "test")
@@ -119,7 +153,7 @@ def mutation(session: nox.Session) -> None:
     session.run("python", "tests/breaks/run.py", *arguments)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def refused(session: nox.Session) -> None:
     """Run the tests where the kernel refuses pidfds, memfds, seals and fallocate."""
     install(session, "test")
@@ -127,7 +161,7 @@ def refused(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env=env)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def browser(session: nox.Session) -> None:
     """Look at the page in a real Chromium; the screenshots are kept in build/screenshots."""
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
@@ -142,7 +176,7 @@ def browser(session: nox.Session) -> None:
     session.run("pytest", "-m", "browser", "tests/observers/page", *session.posargs, env=env)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def bench(session: nox.Session) -> None:
     """Measure keisei beside its peers in one run; ``-- --quick`` takes three minutes."""
     install(session)
@@ -152,14 +186,14 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks", *session.posargs)
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def core(session: nox.Session) -> None:
     """Run the tests with no extra installed; those that need one are skipped."""
     install(session, "test", extras=())
     session.run("pytest", *session.posargs, env={"KEISEI_TEST_INSTALLED": "1"})
 
 
-@nox.session(default=False)
+@nox.session(python=PYTHON, default=False)
 def minimums(session: nox.Session) -> None:
     """Run the tests with the lowest declared version of every dependency but torch."""
     project = PYPROJECT["project"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -14,6 +16,7 @@ from pydantic import (
     field_validator,
 )
 
+from keisei.config_sources import from_text, plain_values
 from keisei.devices import device_problem
 from keisei.exceptions import ConfigurationError
 from keisei.naming import public
@@ -41,6 +44,21 @@ class _Values(BaseModel, frozen=True, extra="forbid", validate_default=True):
             findings = error.errors(include_url=False)
             problems = [line for finding in findings for line in _problems(finding, type(self))]
             raise ConfigurationError(problems) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy with the values of ``update``, validated as by the constructor.
+
+        Args:
+            update: New values by key; a mapping for ``restart`` replaces all of it.
+            deep: Changes nothing: all values are immutable.
+
+        Raises:
+            ConfigurationError: If any value cannot work; every problem is listed.
+        """
+        if not update:
+            return super().model_copy(deep=deep)
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**values, **plain_values(update)})
 
 
 def _problems(finding: Any, model: type[_Values]) -> list[str]:
@@ -239,8 +257,55 @@ class ParallelConfig(_Values, frozen=True):
             return cls()
         if isinstance(config, cls):
             return config
-        if not isinstance(config, Mapping):
+        is_dataclass = dataclasses.is_dataclass(config) and not isinstance(config, type)
+        if not isinstance(config, Mapping) and not is_dataclass:
             raise ConfigurationError(
                 [f"config is a {type(config).__name__}; give a ParallelConfig or a mapping"]
             )
-        return cls(**{str(key): value for key, value in config.items()})
+        return cls(**plain_values(config))
+
+    @classmethod
+    def from_env(
+        cls, prefix: str = "KEISEI_", *, environ: Mapping[str, str] | None = None, **values: Any
+    ) -> Self:
+        """Return a configuration from environment variables, such as ``KEISEI_NUM_WORKERS=8``.
+
+        Those of the restart policy are ``KEISEI_RESTART__MAX_RESTARTS`` and so on. "none" is
+        ``None``; commas stand between the parts of ``preload`` and ``worker_device_map``.
+        Variables with the prefix that name no option are passed over, unless they are nearly one.
+
+        Args:
+            prefix: Of the variables' names.
+            environ: In the place of ``os.environ``.
+            values: Options for which there is no variable.
+
+        Raises:
+            ConfigurationError: If any value cannot work, or a name is misspelt.
+        """
+        found: dict[str, Any] = dict(values)
+        problems: list[str] = []
+        source = os.environ if environ is None else environ
+        for name in sorted(source):
+            if not name.startswith(prefix):
+                continue
+            key, _, inner = name.removeprefix(prefix).lower().partition("__")
+            model = RestartPolicy if inner else cls
+            option = inner or key
+            if option not in model.model_fields or (inner and key != "restart"):
+                if near := _nearest(value=option, known=model.model_fields):
+                    problems.append(f"{name} names no option; {near}")
+                continue
+            value = from_text(option, source[name])
+            if inner:
+                found["restart"] = {**_as_mapping(found.get("restart")), inner: value}
+            else:
+                found[key] = value
+        if problems:
+            raise ConfigurationError(problems)
+        return cls(**found)
+
+
+def _as_mapping(restart: Any) -> dict[str, Any]:
+    if isinstance(restart, RestartPolicy):
+        return {name: getattr(restart, name) for name in restart.model_fields_set}
+    return dict(restart or {})

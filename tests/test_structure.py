@@ -29,6 +29,8 @@ RANKS = {
     "jsonable": 0,
     "exceptions": 0,
     "config": 0,
+    "config_sources": 0,
+    "config_types": 0,
     "devices": 0,
     "events": 0,
     "state_dicts": 0,
