@@ -50,22 +50,6 @@ class Parameters:
     solved_episodes: int = 500
 
 
-class Player(ActorCritic):
-    """A policy that makes legal moves only, whatever its network says."""
-
-    def act(self, observations: Any, *, action_mask: torch.Tensor) -> Any:
-        """Sample legal moves."""
-        logits, values = self(observations)
-        moves, log_probs = self.head.sample(logits.masked_fill(~action_mask, -1e9))
-        return moves, log_probs, values
-
-    def evaluate(self, observations: Any, actions: Any, *, action_mask: torch.Tensor) -> Any:
-        """Judge moves that were made, with gradients."""
-        logits, values = self(observations)
-        log_probs, entropies = self.head.evaluate(logits.masked_fill(~action_mask, -1e9), actions)
-        return log_probs, entropies, values
-
-
 class RandomPlayer(nn.Module):
     """Plays any legal move, and learns nothing."""
 
@@ -87,7 +71,7 @@ def make_worker(parameters: Parameters) -> partial[PettingZooWorker]:
     return partial(
         PettingZooWorker,
         ENV,
-        {"learner": Player, "random": RandomPlayer},
+        {"learner": ActorCritic, "random": RandomPlayer},
         num_envs=parameters.envs_per_worker,
         rollout_length=parameters.rollout_length,
         policy_mapping=PLAYERS,
@@ -102,7 +86,7 @@ class SelfLearner:
         returns: Of the learner's last games.
     """
 
-    def __init__(self, player: Player, parameters: Parameters) -> None:
+    def __init__(self, player: ActorCritic, parameters: Parameters) -> None:
         self.model = nn.ModuleDict({"learner": player, "random": RandomPlayer()})
         self.returns: deque[float] = deque(maxlen=parameters.solved_episodes)
         self._player = player

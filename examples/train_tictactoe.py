@@ -14,15 +14,16 @@ from dataclasses import replace
 
 import torch
 from gymnasium.spaces import Box, Discrete
-from tictactoe import Parameters, Player, SelfLearner, make_worker
+from tictactoe import Parameters, SelfLearner, make_worker
 
 from keisei import ParallelManager
+from keisei.training.gymnasium import ActorCritic
 
 
 async def train(parameters: Parameters) -> SelfLearner:
     """Train until the learner wins, or the updates are used up."""
     torch.manual_seed(parameters.seed)
-    player = Player(Box(0, 1, (3, 3, 2), dtype="int8"), Discrete(9))
+    player = ActorCritic(Box(0, 1, (3, 3, 2), dtype="int8"), Discrete(9))
     learner = SelfLearner(player, parameters)
     config = {"num_workers": parameters.num_workers, "mode": "sync", "seed": parameters.seed}
     manager = ParallelManager(make_worker(parameters), model=learner.model, config=config)

@@ -156,6 +156,14 @@ def test_a_decision_whose_reward_is_not_known_begins_the_next_rollout():
     ]
     assert rewards[0] == ([1, 5, 4, 11] * 6)[: len(rewards[0])]
     assert rewards[1] == ([120, 60] * 6)[: len(rewards[1])]
+    seen = [
+        torch.cat(
+            [data["observations"][data["mask"][:, column], column, 0] for data in rollouts]
+        ).tolist()
+        for column in (0, 1)
+    ]
+    assert seen[0] == ([0, 1, 3, 4] * 6)[: len(seen[0])]
+    assert seen[1] == ([2, 5] * 6)[: len(seen[1])]
     assert len(rewards[0]) == 24
     assert len(rewards[1]) >= 11
 

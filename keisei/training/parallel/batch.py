@@ -87,7 +87,9 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
 
         The batches stay as they are, and keep their shared memory as long as they live. Rollouts
         ``[T, N]`` of several workers are joined along ``dim=1``: along 0 the last step of one
-        would come before the first of another.
+        would come before the first of another. Where a rollout has ``episode_starts``, its
+        ``states`` ``[N, ...]`` are joined along 0 then. Lists of legal actions can be joined along
+        0 only.
 
         Args:
             batches: At least one; with the same names, dtypes and devices, and the same shapes
@@ -170,7 +172,8 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
                 ``"observation"``, ``rewards`` ``("next", "reward")`` of shape ``[T, N, 1]``, and
                 so on (``keisei.training.parallel.tensordicts.TORCHRL_KEYS``); it names the first
                 dimension ``"time"`` and adds ``("next", "done")``. What belongs to a rollout and
-                not to its steps is left out: ``states``, ``legal_actions``, ``legal_offsets``.
+                not to its steps is left out: ``states`` (beside ``episode_starts``), and
+                ``legal_actions`` with ``legal_offsets``.
             batch_size: Leading dimensions that every tensor has. By default those that all share,
                 up to where they count ``num_steps`` (``"own"``), or those of ``rewards``
                 (``"torchrl"``).

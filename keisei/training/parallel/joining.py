@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from keisei.training.legal_actions import LegalActions
+
 Tensors = Mapping[str, torch.Tensor]
 
 _MERGED: dict[str, Callable[[list[Any]], Any]] = {
@@ -26,28 +28,65 @@ def join_tensors(
         parts: Mappings with the same names; tensors of one name have the same dtype and device,
             and the same shape but for ``dim``.
         labels: What to call each part in an error.
-        dim: The dimension along which they are put one behind the other.
+        dim: The dimension along which they are put one behind the other. The states of recurrent
+            policies have no time, and are joined along the dimension before it.
 
     Raises:
         ValueError: They do not fit; names each tensor and part.
     """
     first = parts[0]
+    dims = {name: _dim_of(name, first, dim) for name in first}
     problems = [
         problem
         for part, label in zip(parts[1:], labels[1:], strict=True)
-        for problem in _misfits(first, part, labels[0], label, dim)
+        for problem in _misfits(first, part, labels[0], label, dims)
     ]
     problems += [
-        f"{name} of shape {list(tensor.shape)} has no dimension {dim}"
+        f"{name} of shape {list(tensor.shape)} has no dimension {dims[name]}"
         for name, tensor in first.items()
-        if not -tensor.dim() <= dim < tensor.dim()
+        if not -tensor.dim() <= dims[name] < tensor.dim()
     ]
+    if has_states(first) and dim == 0:
+        problems.append("its states are those at the beginning of one rollout: use dim=1")
+    if has_lists(first) and dim != 0:
+        problems.append(
+            "its legal_actions are lists in the order of all rows: flatten the batches to "
+            "[T * N, ...], use dim=0, or join them with LegalActions"
+        )
     if problems:
         raise ValueError(f"batches cannot be joined along dim {dim}: {'; '.join(problems)}")
-    return {name: torch.cat([part[name] for part in parts], dim) for name in first}
+    joined = {name: torch.cat([part[name] for part in parts], dims[name]) for name in first}
+    if has_lists(first):
+        lists = [LegalActions(part["legal_actions"], part["legal_offsets"]) for part in parts]
+        joined["legal_offsets"] = LegalActions.cat(lists).offsets
+    return joined
 
 
-def _misfits(first: Tensors, part: Tensors, label: str, other: str, dim: int) -> list[str]:
+def has_states(data: Tensors) -> bool:
+    """Return whether ``states`` are those of a recurrent policy, ``[N, ...]`` for a rollout."""
+    return "episode_starts" in data and any(is_state(name) for name in data)
+
+
+def has_lists(data: Tensors) -> bool:
+    """Return whether there are lists of legal actions, which have lengths of their own."""
+    return "legal_actions" in data and "legal_offsets" in data
+
+
+def is_state(name: str) -> bool:
+    """Return whether a tensor is a part of a recurrent policy's state, by its name."""
+    return name.partition(".")[0] == "states"
+
+
+def _dim_of(name: str, data: Tensors, dim: int) -> int:
+    """Return along which dimension a tensor is joined: states have no time before it."""
+    if has_states(data) and is_state(name):
+        return max(dim - 1, 0) if dim >= 0 else dim
+    return 0 if has_lists(data) and name in ("legal_actions", "legal_offsets") else dim
+
+
+def _misfits(
+    first: Tensors, part: Tensors, label: str, other: str, dims: Mapping[str, int]
+) -> list[str]:
     """Say in which ways ``part`` does not fit the first one, a line for each."""
     lines = [f"{other} has no {name}, which {label} has" for name in first if name not in part]
     lines += [f"{other} has {name}, which {label} has not" for name in part if name not in first]
@@ -59,7 +98,7 @@ def _misfits(first: Tensors, part: Tensors, label: str, other: str, dim: int) ->
             if mine != theirs:
                 lines.append(f"{name} has the {what} {mine} in {label} and {theirs} in {other}")
         shapes = [list(first[name].shape), list(tensor.shape)]
-        if _without(shapes[0], dim) != _without(shapes[1], dim):
+        if _without(shapes[0], dims[name]) != _without(shapes[1], dims[name]):
             lines.append(f"{name} has the shape {shapes[0]} in {label} and {shapes[1]} in {other}")
     return lines
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from keisei.training.parallel.joining import has_lists, has_states, is_state
+
 if TYPE_CHECKING:
     from tensordict import TensorDict
 
@@ -32,8 +34,6 @@ below a name, such as the leaves of ``observations``, lies below its key. Others
 
 _COLUMNS = {"values", "next_values", "rewards", "terminated", "truncated", "episode_starts"}
 """What torchrl wants with a last dimension of one."""
-_OF_THE_ROLLOUT = {"states", "legal_actions", "legal_offsets"}
-"""What belongs to a rollout as a whole, not to its steps, and has no place beside them."""
 
 
 def make_tensordict(
@@ -84,7 +84,8 @@ def make_transitions(
     paths = [
         (key, tensor.unsqueeze(-1) if name in _COLUMNS else tensor)
         for name, tensor in data.items()
-        if name.partition(".")[0] not in _OF_THE_ROLLOUT
+        if not (has_states(data) and is_state(name))
+        if not (has_lists(data) and name in ("legal_actions", "legal_offsets"))
         for key in _torchrl_keys(name)
     ]
     if "terminated" in data and "truncated" in data:

@@ -11,6 +11,7 @@ import torch
 
 from keisei import ExperienceBatch
 from keisei.training.gymnasium import generalized_advantage_estimate
+from keisei.training.legal_actions import LegalActions
 
 T, N = 3, 2
 
@@ -100,6 +101,44 @@ def test_batches_are_joined_along_a_dimension(dim, shape):
         assert torch.equal(joined[name], torch.cat([part[name] for part in parts], dim))
 
 
+def recurrent(number):
+    states = torch.full((N, 5), float(number))
+    starts = torch.zeros(T, N, dtype=torch.bool)
+    data = {**rollout(number).data, "episode_starts": starts, "states.h": states}
+    return ExperienceBatch(data, {}, T * N)
+
+
+def test_states_of_recurrent_policies_are_joined_with_their_columns():
+    """They have no time, so that columns and states stay together; along time there is none."""
+    joined = ExperienceBatch.cat([recurrent(1), recurrent(2)], dim=1)
+    assert joined["states.h"][:, 0].tolist() == [1, 1, 2, 2]
+    assert joined["episode_starts"].shape == (T, 2 * N)
+    message = (
+        "batches cannot be joined along dim 0: its states are those at the beginning of one "
+        "rollout: use dim=1"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ExperienceBatch.cat([recurrent(1), recurrent(2)])
+    plain = ExperienceBatch({"states": torch.zeros(3, 2)}, {}, 3)
+    assert ExperienceBatch.cat([plain, plain])["states"].shape == (6, 2)
+
+
+def listed(lists):
+    legal = LegalActions.from_lists(lists)
+    data = {"a": torch.arange(len(lists)), "legal_actions": legal.indices}
+    return ExperienceBatch({**data, "legal_offsets": legal.offsets}, {}, len(lists))
+
+
+def test_lists_of_legal_actions_are_joined_with_their_rows():
+    """Each row keeps its own list; along another dimension than the rows' there is no order."""
+    joined = ExperienceBatch.cat([listed([[1, 2], [3]]), listed([[4], [], [5, 6]])])
+    assert joined["legal_actions"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert joined["legal_offsets"].tolist() == [0, 2, 3, 4, 4, 6]
+    assert joined["a"].tolist() == [0, 1, 0, 1, 2]
+    with pytest.raises(ValueError, match=r"legal_actions are lists in the order of all rows"):
+        ExperienceBatch.cat([listed([[1]]), listed([[1]])], dim=1)
+
+
 def test_sizes_may_differ_along_the_joined_dimension():
     """And only there."""
     joined = ExperienceBatch.cat([rollout(0, envs=1), rollout(1, envs=3)], dim=1)
@@ -114,7 +153,8 @@ def test_sizes_may_differ_along_the_joined_dimension():
 def test_the_joined_provenance_is_what_is_true_of_all():
     """Agreement is kept; versions are the oldest, staleness the largest, other numbers -1."""
     joined = ExperienceBatch.cat([rollout(0), rollout(2), rollout(1)], dim=1)
-    assert provenance(joined) == {
+    told = provenance(joined)
+    expected = {
         "incarnation": 0,
         "num_steps": 18,
         "seed": 9,
@@ -123,11 +163,21 @@ def test_the_joined_provenance_is_what_is_true_of_all():
         "weights_version": 5,
         "worker_id": -1,
     }
+    assert {name: told[name] for name in expected} == expected
     assert joined.info == {"episode_returns": [0.0, 2.0, 1.0]}
     assert repr(joined) == (
         "<ExperienceBatch of 3 v5 (18 steps) "
         "{rewards: [3, 6] torch.float32, next.obs: [3, 6, 4] torch.float32}>"
     )
+
+
+def test_versions_by_name_are_the_oldest_that_all_have():
+    """A name that one of the parts had no weights of is left to the parts."""
+    versions = [{"main": 3, "critic": 1}, {"main": 2}, {"main": 4, "critic": 5}]
+    batches = [rollout(0, weights_versions=each) for each in versions]
+    joined = ExperienceBatch.cat(batches, dim=1)
+    assert joined.weights_versions == {"main": 2}
+    assert [part.weights_versions for part in joined.parts] == versions
 
 
 def test_the_parts_keep_their_provenance_and_no_tensors():

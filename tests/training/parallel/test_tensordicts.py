@@ -65,7 +65,7 @@ def test_every_row_tells_where_it_comes_from():
     both = torch.cat([batch_of(data, 4, worker_id=n).to_tensordict() for n in (0, 1)])
     picked = both[torch.tensor([6, 1])]
     assert picked["provenance"].batch_size == torch.Size([2])
-    assert {key: value.tolist() for key, value in picked["provenance"].items()} == {
+    expected = {
         "worker_id": [1, 0],
         "incarnation": [1, 1],
         "sequence": [5, 5],
@@ -73,6 +73,9 @@ def test_every_row_tells_where_it_comes_from():
         "staleness": [3, 3],
         "seed": [SEED, SEED],
     }
+    assert {key: picked["provenance", key].tolist() for key in expected} == expected
+    named = batch_of(data, 4, weights_versions={"main": 7, "critic": 2}).to_tensordict()
+    assert named["provenance", "weights_versions", "critic"].tolist() == [2, 2, 2, 2]
     assert "provenance" not in batch_of(data, 4).to_tensordict(provenance=False)
 
 
@@ -221,6 +224,13 @@ def test_leaves_and_further_tensors_have_their_keys():
         "is_init": [T, N, 1],
         "infos.is_success": [T, N],
     }
+
+
+def test_states_that_are_observations_stay():
+    """Left out are those of recurrent policies alone, which come with ``episode_starts``."""
+    data = {"rewards": torch.zeros(3), "states": torch.zeros(3, 4), "legal_actions": torch.zeros(3)}
+    keys = keys_of(batch_of(data).to_tensordict("torchrl"))
+    assert keys == {"next.reward": [3, 1], "states": [3, 4], "legal_actions": [3]}
 
 
 def test_torchrls_advantages_are_ours():
