@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class Several(Worker):
             case "same":
                 first, second = (self.context.weights(data).tensors["w"] for _ in range(2))
                 return first.data_ptr() == second.data_ptr()
+            case "descriptors":
+                return len(list(Path("/proc/self/fd").iterdir()))
             case "reach":
                 failpoint(data)
             case _:

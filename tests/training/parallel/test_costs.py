@@ -191,3 +191,27 @@ def test_a_pool_imports_nothing_in_the_event_loop():
         timeout=60,
     )
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+async def test_a_push_beside_many_names_costs_as_many_calls(make_manager):
+    """Other names are not looked at, neither by the push nor by the worker's look before it."""
+    weights = {"weight": torch.zeros(100)}
+    counter, counts, looks = CallCounter(), [], []
+    for num_names in (0, 50):
+        async with fail_after(60), make_manager(costs_workers.Counted, num_workers=1) as manager:
+            for number in range(num_names):
+                await manager.push_weights(weights, f"past/{number}")
+            await stream(manager, 100)
+            await manager.send_command("begin")
+            await stream(manager, NUM)
+            _, num_python, number = (await manager.send_command("end"))[0]
+            looks.append(num_python / number)
+            await manager.pause()
+            await manager.push_weights(weights, wait=True)
+            counter.begin()
+            for _ in range(50):
+                await manager.push_weights(weights)
+            counter.end()
+        counts.append(counter.num_python)
+    assert counts[1] <= counts[0] + 50
+    assert looks[1] <= looks[0] + 25, "half a call for each name would be as much"
