@@ -20,7 +20,6 @@ from keisei.training.parallel.parallel_manager import ParallelManager
 from keisei.training.parallel.run import RunReport
 from keisei.training.playing import PolicyMaker, make_env
 from keisei.training.ppo_learner import PPOLearner, PPOParameters
-from keisei.training.recurrent import RecurrentActorCritic
 
 if TYPE_CHECKING:
     from keisei.observers import Observer
@@ -28,11 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["PPO", "PPOLearner", "PPOParameters"]
 
 _FORMAT = 1
-_POLICIES: dict[str, PolicyMaker] = {
-    "mlp": ActorCritic,
-    "lstm": partial(RecurrentActorCritic, cell="lstm"),
-    "gru": partial(RecurrentActorCritic, cell="gru"),
-}
+_POLICIES: dict[str, PolicyMaker] = {"mlp": ActorCritic}
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -57,8 +52,9 @@ class PPO:
         env: An environment id, or a callable that returns an environment and can be imported by
             the workers.
         num_workers: Worker processes.
-        policy: ``"mlp"`` (``ActorCritic``), ``"lstm"`` or ``"gru"`` (``RecurrentActorCritic``), or
-            a callable that makes a policy with ``evaluate`` from the two spaces.
+        policy: ``"mlp"`` (``ActorCritic``), or a callable that makes a policy with ``evaluate``
+            from the two spaces. Without a memory: ``GymnasiumWorker`` carries none from step to
+            step. ``PPOLearner`` learns from a worker of yours that does.
         policy_kwargs: Further arguments for the policy, such as ``normalize_observations``.
         worker_kwargs: Further arguments for ``GymnasiumWorker``, such as ``num_envs``,
             ``rollout_length`` and ``env_kwargs``. Unless given, 4 environments and 256 steps.
@@ -106,6 +102,13 @@ class PPO:
                 self.policy = self._make_policy()(made.observation_space, made.action_space)
         finally:
             made.close()
+        if hasattr(self.policy, "initial_state"):
+            raise ConfigurationError(
+                [
+                    f"policy: {type(self.policy).__name__} has a memory, which GymnasiumWorker "
+                    "does not carry; run PPOLearner in a ParallelManager with a worker that does"
+                ]
+            )
         self.learner = PPOLearner(self.policy, self._parameters)
 
     def worker(self) -> Callable[[], GymnasiumWorker]:

@@ -194,8 +194,10 @@ def test_impossible_parameters_are_named_together():
     assert len(caught.value.problems) == 5
     with pytest.raises(ConfigurationError, match="lerning_rate: is no parameter of PPO"):
         PPO("CartPole-v1", lerning_rate=1.0)
-    with pytest.raises(ConfigurationError, match="policy = 'cnn': must be 'mlp', 'lstm', 'gru'"):
+    with pytest.raises(ConfigurationError, match="policy = 'cnn': must be 'mlp', or a callable"):
         PPO("CartPole-v1", policy="cnn")
+    with pytest.raises(ConfigurationError, match="RecurrentActorCritic has a memory, which"):
+        PPO("CartPole-v1", policy=RecurrentActorCritic)
 
 
 def test_a_batch_without_a_true_step_is_an_error():
