@@ -264,6 +264,40 @@ class WeightsPushed(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class SettingsChanged(Event):
+    """``configure`` has changed settings; workers are being told.
+
+    Attributes:
+        version: The new version.
+        names: The settings that were given.
+        worker_ids: The slots, ascending; ``None`` is all, those to come included.
+    """
+
+    version: int
+    names: tuple[str, ...]
+    worker_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsRefused(Event):
+    """A worker's ``configure`` raised; the worker and its slot keep the former settings.
+
+    Attributes:
+        worker_id: The slot.
+        incarnation: The process of that slot.
+        version: The version that it refused.
+        detail: What it raised, in one line.
+        traceback: Its traceback, as text, or ``None``.
+    """
+
+    worker_id: int
+    incarnation: int
+    version: int
+    detail: str
+    traceback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PoolPaused(Event):
     """Every worker has finished its experience and waits for ``resume``."""
 

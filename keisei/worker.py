@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -108,6 +108,33 @@ class _MainModel:
             worker.models[MAIN] = model
 
 
+class Settings(Mapping[str, Any]):
+    """A worker's settings, as they are at each look: a mapping that only the pool changes."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        """Begin with a copy of ``values``."""
+        self._values = dict(values or {})
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._values[name]
+        except KeyError:
+            known = ", ".join(map(str, self._values)) or "none"
+            raise KeyError(f"no setting {name!r}; the settings are: {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Settings({self._values!r})"
+
+    def _replace(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+
 @public
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
@@ -121,6 +148,8 @@ class WorkerContext:
             global generators of ``random``, NumPy and torch are seeded with it before ``setup``.
         device: Where the worker should put its model, as a torch device string.
         weights_version: The newest weights version when this process was started; 0 is none.
+        settings: What ``ParallelManager(settings=...)`` and ``manager.configure`` gave this slot:
+            a read-only mapping, as it is at each look. It changes between two collects only.
     """
 
     worker_id: int
@@ -129,6 +158,7 @@ class WorkerContext:
     seed: int
     device: str = "cpu"
     weights_version: int = 0
+    settings: Mapping[str, Any] = field(default_factory=Settings)
     _progress: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
     _turn_soon: Callable[..., None] = field(default=_nothing, repr=False, compare=False)
     _weights: Callable[[str], Weights] = field(default=_no_weights, repr=False, compare=False)
@@ -181,9 +211,10 @@ class Worker:
 
     Every hook may be ``def`` or ``async def``. They are called one at a time, in this order:
     ``setup``, then ``load_weights`` and ``collect`` in turn, with ``reset`` and ``on_command``
-    between two collects (or beside one when ``collect`` is a coroutine), and ``teardown`` at an
-    orderly end. A hook that raises ends the process; the pool records the traceback and restarts
-    the slot. Only an error in ``reset`` or ``on_command`` is answered to the caller instead.
+    between two collects (or beside one when ``collect`` is a coroutine), ``configure`` between two
+    collects, and ``teardown`` at an orderly end. A hook that raises ends the process; the pool
+    records the traceback and restarts the slot. Only an error in ``reset``, ``on_command`` or
+    ``configure`` is answered to the caller instead.
 
     ``async def`` hooks run in the worker's event loop, where tasks that they start go on between
     hooks. ``def`` hooks run outside it: they have no running loop, and may use ``asyncio.run``,
@@ -235,6 +266,19 @@ class Worker:
             may be nested, or a TensorDict.
         """
         raise NotImplementedError(f"{type(self).__name__} must define collect()")
+
+    def configure(self, settings: dict[str, Any]) -> Any:
+        """Take changed settings, between two collects; the default does nothing.
+
+        Not called for the settings that the process begins with: those are there in ``setup``, as
+        ``context.settings``. If it raises, the caller of ``manager.configure`` gets the error, and
+        it is called again with the former settings, which the worker and its slot keep. If it
+        raises again then, the process ends, and the next one begins with the former settings.
+
+        Args:
+            settings: All settings of this slot, the changed ones included; the worker's own to
+                keep. ``context.settings`` says the same.
+        """
 
     def reset(self) -> Any:
         """Begin again: new episodes. Called by ``manager.reset()``."""

@@ -27,7 +27,7 @@ if refusal.VARIABLE in os.environ:
 settings.register_profile("keisei", deadline=None)
 settings.load_profile("keisei")
 
-_ARGUMENTS = {"model", "models", "learner", "observers"}
+_ARGUMENTS = {"model", "models", "learner", "observers", "settings"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,12 @@
-"""What the application tells a worker: commands, pause and resume, stop."""
+"""What the application tells a worker: commands, pause and resume, settings, stop."""
 
 from __future__ import annotations
 
+from collections import deque
+
 from keisei.child.frames import Tell, arrived
 from keisei.child.hooks import HookFailed, Hooks
+from keisei.child.settings import HeldSettings
 from keisei.exceptions import SerializationError
 from keisei.ipc import failures, serialize
 from keisei.ipc.frame_reader import FrameReader
@@ -18,7 +21,9 @@ class Commands:
     Attributes:
         paused: No experience may be begun.
         stopping: The worker was told to stop, or the application has gone.
-        pausing: The pauses that are to be answered once nothing is collected.
+        between: What waits for a moment in which nothing is collected: pauses and settings, in
+            order.
+        settings: What the worker was told to be set to.
     """
 
     def __init__(self, control: FrameReader, hooks: Hooks, status: StatusLine, tell: Tell) -> None:
@@ -28,7 +33,8 @@ class Commands:
         self._hooks = hooks
         self._status = status
         self._tell = tell
-        self.pausing: list[int] = []
+        self.between: deque[messages.Pause | messages.Configure] = deque()
+        self.settings = HeldSettings(hooks, tell)
 
     async def obey(self, worker: Worker) -> None:
         """Handle every frame that has arrived, in order."""
@@ -38,7 +44,9 @@ class Commands:
                 await self._answer(worker, message)
             elif isinstance(message, messages.Pause):
                 self.paused = True
-                self.pausing.append(message.sequence)
+                self.between.append(message)
+            elif isinstance(message, messages.Configure):
+                self.between.append(message)
             elif isinstance(message, messages.Resume):
                 self.paused = False
             else:
@@ -71,8 +79,15 @@ class Commands:
         else:
             await self._tell(messages.Reply(command.sequence, payload))
 
-    async def stand_still(self) -> None:
-        """Answer those who wait for the pause; nothing is being collected now."""
-        while self.pausing:
-            none = serialize.dumps(None)
-            await self._tell(messages.Reply(self.pausing.pop(0), none))
+    async def obey_between(self, worker: Worker) -> None:
+        """Apply settings and answer those who wait for a pause; nothing is being collected now.
+
+        Raises:
+            HookFailed: ``configure`` raised, and once more when it was given the former settings.
+        """
+        while self.between:
+            message = self.between.popleft()
+            if isinstance(message, messages.Configure):
+                await self.settings.apply(worker, message)
+            else:
+                await self._tell(messages.Reply(message.sequence, serialize.dumps(None)))

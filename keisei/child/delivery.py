@@ -58,7 +58,11 @@ class Delivery:
         self._writer.watch_credit(take)
 
     async def deliver(
-        self, result: Any, version: int, others: tuple[tuple[int, int], ...] = ()
+        self,
+        result: Any,
+        version: int,
+        others: tuple[tuple[int, int], ...] = (),
+        settings_version: int = 0,
     ) -> None:
         """Copy what ``collect`` returned into shared memory and send the frame about it.
 
@@ -66,6 +70,7 @@ class Delivery:
             result: An ``Experience``, or a mapping of tensors, nested or not.
             version: The weights that it was collected with.
             others: Numbers and versions of the other weights that it was collected with.
+            settings_version: The settings that it was collected with.
 
         Raises:
             HookFailed: It is no experience, or cannot travel.
@@ -89,6 +94,7 @@ class Delivery:
                     info=serialize.dumps(dict(info), "Experience.info") if info else None,
                     seed=self._seed,
                     named=None if others is self._told_others else others,
+                    settings_version=settings_version,
                 )
             )
         except BaseException as error:

@@ -72,6 +72,7 @@ class WorkerRuntime:
         self._wake = asyncio.Event()
         self._hooks = Hooks(self._status, isolation)
         self._commands = Commands(endpoints.control, self._hooks, self._status, self._tell)
+        self._settings = self._commands.settings
         self._loading = Loading(endpoints.model, self._hooks, self._status, self._tell)
         self._delivery: Delivery
         self._hello: messages.Hello
@@ -117,6 +118,9 @@ class WorkerRuntime:
     async def _start(self) -> None:
         frame, _ = await self._ends.control.get()
         self._hello = hello = messages.unpack(frame, messages.CONTROL)
+        if hello.has_settings:
+            frame, _ = await self._ends.control.get()
+            settings = messages.unpack(frame, messages.CONTROL)
         if hello.has_weights:
             await self._loading.introduce()
         self._has_limits = hello.max_experiences is not None or hello.max_rss is not None
@@ -128,6 +132,8 @@ class WorkerRuntime:
         self._delivery.watch_credits(self._wake.set)
         call = self._hooks.call
         self._status.enter(Phase.START)
+        if hello.has_settings:
+            await call(Phase.START, self._settings.begin, settings)
         factory = await call(Phase.START, serialize.loads, hello.factory, "the worker factory")
         try:
             self._isolation.begin(hello.seed, hello.threads)
@@ -173,6 +179,7 @@ class WorkerRuntime:
             seed=hello.seed,
             device=hello.device,
             weights_version=hello.weights_version,
+            settings=self._settings.values,
             _progress=self._status.progress,
             _turn_soon=turn_soon,
             _weights=functools.partial(self._loading.look, may_wait=not self._isolation.is_shared),
@@ -197,7 +204,7 @@ class WorkerRuntime:
             if step is Step.END:
                 return
             if self._hooks.collecting is None and (
-                self._loading.is_behind or self._commands.pausing
+                self._loading.is_behind or self._commands.between
             ):
                 await self._catch_up()
             if step is Step.COLLECT:
@@ -251,14 +258,14 @@ class WorkerRuntime:
             await self._commands.obey(self._worker)
 
     async def _catch_up(self) -> None:
-        """Load the newest weights and answer a pause, between two experiences.
+        """Load the newest weights, apply settings and answer a pause, between two experiences.
 
         It comes after the look at the credits: what was published before a credit was given is
         loaded before that credit is used.
         """
         if self._loading.is_behind:
             await self._loading.load_newest(self._worker)
-        await self._commands.stand_still()
+        await self._commands.obey_between(self._worker)
         if self._loading.is_behind:  # such as by a model that was assigned meanwhile
             await self._loading.load_newest(self._worker)
 
@@ -274,8 +281,11 @@ class WorkerRuntime:
         await self._deliver(task.result())
 
     def _deliver(self, result: Any) -> Awaitable[None]:
-        """Deliver what was collected with the weights that the worker has now."""
-        return self._delivery.deliver(result, self._loading.version, self._loading.others)
+        """Deliver what was collected with the weights and settings that the worker has now."""
+        loading = self._loading
+        return self._delivery.deliver(
+            result, loading.version, loading.others, self._settings.version
+        )
 
     async def _cut_short(self) -> None:
         task = self._hooks.collecting

@@ -25,8 +25,9 @@ class Phase(enum.IntEnum):
     LOAD_WEIGHTS = 2
     COLLECT = 3
     COMMAND = 4
-    TEARDOWN = 5
-    UNKNOWN = 6
+    CONFIGURE = 5
+    TEARDOWN = 6
+    UNKNOWN = 7
 
 
 _PHASE, _PROGRESS, _SINCE, _VERSION, _BEGUN, _COMMITTED, _RSS, _COMMANDS = range(8)

@@ -17,6 +17,8 @@ from keisei.events import (
     PoolScaled,
     PoolStarted,
     PoolStopped,
+    SettingsChanged,
+    SettingsRefused,
     UpdateCompleted,
     WeightsPushed,
     WorkerExited,
@@ -127,8 +129,6 @@ def _describe_pool(event: Event) -> tuple[int, str]:
             return logging.INFO, "the pool goes on"
         case PoolStopped():
             return logging.INFO, f"the pool stopped after {_count(event.num_incidents, 'incident')}"
-        case WeightsPushed():
-            return logging.DEBUG, f"weights version {event.version}: {event.num_bytes} bytes"
         case _:
             return _describe_learning(event)
 
@@ -152,6 +152,22 @@ def _describe_learning(event: Event) -> tuple[int, str]:
                 f"evaluation {event.evaluation} of update {event.update} has failed: {event.error}"
             )
         case _:
+            return _describe_what_was_told(event)
+
+
+def _describe_what_was_told(event: Event) -> tuple[int, str]:
+    match event:
+        case WeightsPushed():
+            return logging.DEBUG, f"weights version {event.version}: {event.num_bytes} bytes"
+        case SettingsChanged():
+            ids = event.worker_ids
+            whose = "all workers" if ids is None else f"workers {', '.join(map(str, ids))}"
+            names = ", ".join(event.names)
+            return logging.INFO, f"settings version {event.version} of {whose}: {names}"
+        case SettingsRefused():
+            text = f"{_who(event)}: {event.detail}"
+            return logging.WARNING, _with_blocks(text, ("traceback", event.traceback))
+        case _:
             return logging.DEBUG, repr(event)
 
 
@@ -170,7 +186,9 @@ def _describe_suspicion(event: WorkerSuspected) -> str:
     return f"made no progress in {event.phase} for {seconds} s{state}"
 
 
-def _who(event: WorkerStarted | WorkerReady | WorkerExited | WorkerSuspected) -> str:
+def _who(
+    event: WorkerStarted | WorkerReady | WorkerExited | WorkerSuspected | SettingsRefused,
+) -> str:
     return f"worker {event.worker_id} (incarnation {event.incarnation})"
 
 

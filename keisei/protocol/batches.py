@@ -51,6 +51,7 @@ class PendingBatch(NamedTuple):
         version: The weights version that it was collected with.
         seed: The worker's seed.
         versions: The version of each name of weights that the worker had; not to be altered.
+        settings_version: The version of the settings that it was collected with.
     """
 
     worker_id: int
@@ -64,6 +65,7 @@ class PendingBatch(NamedTuple):
     seed: int
     tensors: dict[str, torch.Tensor] | None = None
     versions: Mapping[str, int] = _NO_VERSIONS
+    settings_version: int = 0
 
     def opened(self) -> dict[str, torch.Tensor]:
         """Return the tensors; they keep the cell."""
@@ -107,7 +109,13 @@ class BatchParser:
         return len(payload) > _HEAVY or len(self._views.layout.fields) > _MANY
 
     def parse(
-        self, payload: memoryview, fds: Descriptors, *, outstanding: int, newest_version: int
+        self,
+        payload: memoryview,
+        fds: Descriptors,
+        *,
+        outstanding: int,
+        newest_version: int,
+        newest_settings: int = 0,
     ) -> PendingBatch:
         """Return the experience that a frame is about.
 
@@ -119,6 +127,7 @@ class BatchParser:
             fds: What came with it.
             outstanding: Experiences that the worker may still send.
             newest_version: The newest version of the weights.
+            newest_settings: The newest version of the settings that the worker was told.
 
         Raises:
             ProtocolError: The frame is malformed, or claims what cannot be.
@@ -126,7 +135,7 @@ class BatchParser:
         """
         frame: messages.ExperienceFrame = messages.unpack(payload, messages.EXPERIENCE, fds)
         try:
-            self._check_order(frame, outstanding, newest_version)
+            self._check_order(frame, outstanding, newest_version, newest_settings)
             named = self._named if frame.named is None else self._checked(frame)
             views = self._views if frame.layout is None else self._views_of(frame.layout)
             if not views.layout.fields:
@@ -163,6 +172,7 @@ class BatchParser:
             frame.seed,
             tensors,
             self._versions,
+            frame.settings_version,
         )
 
     def _checked(self, frame: messages.ExperienceFrame) -> dict[str, int]:
@@ -184,7 +194,11 @@ class BatchParser:
         return named
 
     def _check_order(
-        self, frame: messages.ExperienceFrame, outstanding: int, newest_version: int
+        self,
+        frame: messages.ExperienceFrame,
+        outstanding: int,
+        newest_version: int,
+        newest_settings: int,
     ) -> None:
         if frame.sequence != self.received:
             raise ProtocolError(f"experience {frame.sequence} came in place of {self.received}")
@@ -194,6 +208,11 @@ class BatchParser:
             raise ProtocolError(
                 f"experience {frame.sequence} was collected with weights version {frame.version}; "
                 f"the newest is {newest_version}"
+            )
+        if frame.settings_version > newest_settings:
+            raise ProtocolError(
+                f"experience {frame.sequence} was collected with settings version "
+                f"{frame.settings_version}; it was told {newest_settings}"
             )
 
     def _views_of(self, layout: Layout) -> Views:

@@ -142,6 +142,29 @@ class _Pairs(Coder[tuple[tuple[int, int], ...]]):
         return pairs, at + len(body)
 
 
+class _Entries(Coder[tuple[tuple[str, int], ...]]):
+    """Names, each with a number of bytes."""
+
+    def write(self, out: bytearray, value: tuple[tuple[str, int], ...]) -> None:
+        body = bytearray()
+        for name, nbytes in value:
+            TEXT.write(body, name)
+            INT.write(body, nbytes)
+        out += _TEXT.pack(len(body))
+        out += body
+
+    def read(self, frame: Bytes, at: int) -> tuple[tuple[tuple[str, int], ...], int]:
+        (body_nbytes,) = _TEXT.unpack_from(frame, at)
+        at += _TEXT.size
+        body = cut(frame, at, body_nbytes)
+        entries, inside = [], 0
+        while inside < len(body):
+            name, inside = TEXT.read(body, inside)
+            nbytes, inside = INT.read(body, inside)
+            entries.append((name, nbytes))
+        return tuple(entries), at + body_nbytes
+
+
 def _read_layout(raw: bytes) -> Layout:
     described, at = {}, 0
     while at < len(raw):
@@ -167,7 +190,8 @@ def _read_layout(raw: bytes) -> Layout:
 
 _remembered_layout = lru_cache(maxsize=128)(_read_layout)
 
-INT, BOOL, TEXT, LAYOUT, PAIRS = _Int(), _Bool(), _Text(), _Layout(), _Pairs()
+INT, BOOL, TEXT, LAYOUT = _Int(), _Bool(), _Text(), _Layout()
+PAIRS, ENTRIES = _Pairs(), _Entries()
 OPTIONAL_INT = _Optional(INT)
 
 

@@ -15,6 +15,7 @@ class LastWords:
         failure: The hook's error in one line, if it reported one.
         traceback: The remote traceback, if it reported one.
         phase: What it was doing, in lower case.
+        delivered: Experiences of it that have arrived.
         version: The weights version that it had applied or was applying.
         experiences_lost: Experiences that it had begun and not finished.
         commands_lost: Commands that were sent and never answered.
@@ -29,6 +30,7 @@ class LastWords:
     failure: str = ""
     traceback: str | None = None
     phase: str = ""
+    delivered: int = 0
     version: int = 0
     experiences_lost: int = 0
     commands_lost: int = 0

@@ -42,6 +42,7 @@ class Line:
         worker_id: The slot.
         incarnation: The process of that slot.
         status: What the worker says it is doing.
+        is_greeted: Whether the first frame was sent, which must come before any other.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Line:
         """
         self.worker_id = worker_id
         self.incarnation = incarnation
+        self.is_greeted = False
         with contextlib.ExitStack() as undo:
             theirs, self.experience = _pair(0 if max_queue_size else None, undo, manual=True)
             self.model, model = _pair(UNREAD, undo)
@@ -184,6 +186,33 @@ class Line:
         """Send a packed frame about weights, in order and for sure; see ``Announcer.tell``."""
         self._announcer.tell(key, frame, memory)
 
+    def greet(self, hello: messages.Hello, settings: messages.Configure | None = None) -> None:
+        """Send the first frame, and the slot's settings, to a worker that is being started."""
+        self.is_greeted = True
+        self.send(hello)
+        if settings is not None:
+            self._receiver.settings_version = settings.version
+            self.send(settings)
+
+    def configure(self, version: int, frame: Any) -> asyncio.Future[None]:
+        """Have the worker take settings; return a future of its answer.
+
+        The future raises ``CommandError`` if the worker refuses them, ``WorkerLost`` if it dies.
+
+        Args:
+            version: Their version, higher than any before.
+            frame: The packed ``Configure``.
+        """
+        future = self._requests.open_settings(version)
+        if self._lost is not None:
+            future.set_exception(copy_of(self._lost))
+            return future
+        self._receiver.settings_version = version
+        with contextlib.suppress(QueueEnded, QueueClosed):  # the supervisor tells why it died
+            self._send(frame)
+        self._tell_work()
+        return future
+
     def ask_for_version(self, number: int, version: int) -> asyncio.Future[int]:
         """Have the worker load weights; return a future of the version that it acknowledges.
 
@@ -267,6 +296,7 @@ class Line:
             failure=failed.message if failed is not None else "",
             traceback=failed.traceback if failed is not None else None,
             phase=failed.phase if failed is not None else status.phase.name.lower(),
+            delivered=self.received,
             version=status.version,
             experiences_lost=max(0, status.begun - self.received),
             commands_lost=self._requests.num_unanswered,

@@ -14,8 +14,8 @@ from keisei.ipc.descriptors import NO_DESCRIPTORS, Descriptors
 from keisei.ipc.layout import Layout
 from keisei.ipc.sizes import LARGE
 from keisei.ipc.wire import Payload
-from keisei.protocol import codec
-from keisei.protocol.codec import BOOL, INT, LAYOUT, OPTIONAL_INT, PAIRS, TEXT, Bytes, Coder
+from keisei.protocol import codec, experience_frame
+from keisei.protocol.codec import BOOL, ENTRIES, INT, LAYOUT, OPTIONAL_INT, TEXT, Bytes, Coder
 from keisei.protocol.errors import ProtocolError
 
 # application -> worker, control queue
@@ -25,7 +25,8 @@ class Hello(NamedTuple):
     """The first frame: everything that a worker needs to begin. ``factory`` is pickled.
 
     ``cells`` is how many experiences may be on their way at a time. ``has_weights`` tells that the
-    worker is to wait for ``Introduced``.
+    worker is to wait for ``Introduced``; with ``has_settings`` a ``Configure`` with all settings of
+    the slot comes next.
     """
 
     factory: Payload
@@ -41,6 +42,7 @@ class Hello(NamedTuple):
     max_experiences: int | None
     max_rss: int | None
     has_weights: bool = False
+    has_settings: bool = False
 
 
 class Command(NamedTuple):
@@ -55,6 +57,18 @@ class Pause(NamedTuple):
     """Begin no experience from now on; answered when the worker stands still."""
 
     sequence: int
+
+
+class Configure(NamedTuple):
+    """Settings that are new or have changed; answered between two experiences.
+
+    ``payload`` has their values, pickled, as ``protocol.settings`` packs them; ``entries`` has the
+    name and the bytes of each.
+    """
+
+    version: int
+    entries: tuple[tuple[str, int], ...]
+    payload: Payload
 
 
 class Resume(NamedTuple):
@@ -131,6 +145,20 @@ class ReplyError(NamedTuple):
     traceback: str
 
 
+class Configured(NamedTuple):
+    """The worker has the settings of this version."""
+
+    version: int
+
+
+class Refused(NamedTuple):
+    """``configure`` raised at the settings of this version; the worker has the former ones."""
+
+    version: int
+    message: str
+    traceback: str
+
+
 class Applied(NamedTuple):
     """This version of a name, and every older one, is applied or skipped."""
 
@@ -155,33 +183,14 @@ class Goodbye(NamedTuple):
 
 # worker -> application, experience queue
 
-
-class ExperienceFrame(NamedTuple):
-    """One experience lies in shared memory, in a cell of ``stride`` bytes.
-
-    A new segment comes with its descriptor, and ``segment_nbytes`` is its size; else that is 0.
-    ``layout`` is ``None`` where it is that of the frame before: it would be most of the frame.
-    ``info`` is pickled, ``None`` if empty. ``named`` are the numbers and versions of the other
-    weights that the worker had; ``None`` where they are those of the frame before.
-    """
-
-    sequence: int
-    version: int
-    segment: int
-    segment_nbytes: int
-    cell: int
-    stride: int
-    layout: Layout | None
-    num_steps: int
-    info: Payload | None
-    seed: int
-    named: tuple[tuple[int, int], ...] | None = None
+ExperienceFrame = experience_frame.ExperienceFrame
 
 
 Message = (
     Hello
     | Command
     | Pause
+    | Configure
     | Resume
     | Stop
     | Arena
@@ -191,15 +200,19 @@ Message = (
     | Ready
     | Reply
     | ReplyError
+    | Configured
+    | Refused
     | Applied
     | Failed
     | Goodbye
     | ExperienceFrame
 )
 
-CONTROL: frozenset[type[Any]] = frozenset({Hello, Command, Pause, Resume, Stop})
+CONTROL: frozenset[type[Any]] = frozenset({Hello, Command, Pause, Configure, Resume, Stop})
 MODEL: frozenset[type[Any]] = frozenset({Arena, Dropped, Introduced, Announcement})
-REPLY: frozenset[type[Any]] = frozenset({Ready, Reply, ReplyError, Applied, Failed, Goodbye})
+REPLY: frozenset[type[Any]] = frozenset(
+    {Ready, Reply, ReplyError, Configured, Refused, Applied, Failed, Goodbye}
+)
 EXPERIENCE: frozenset[type[Any]] = frozenset({ExperienceFrame})
 """The kinds that each queue carries; any other in it is its sender's error."""
 
@@ -229,11 +242,12 @@ _FORMS = (
     _Form(
         Hello,
         4,
-        (TEXT, INT, INT, INT, BOOL, OPTIONAL_INT, OPTIONAL_INT, BOOL),
+        (TEXT, INT, INT, INT, BOOL, OPTIONAL_INT, OPTIONAL_INT, BOOL, BOOL),
         payload=0,
     ),
     _Form(Command, 1, (TEXT,), payload=2),
     _Form(Pause, 1),
+    _Form(Configure, 1, (ENTRIES,), payload=2),
     _Form(Resume, 0),
     _Form(Stop, 0),
     _Form(Arena, 2, (BOOL, TEXT, LAYOUT)),
@@ -243,15 +257,14 @@ _FORMS = (
     _Form(Ready, 1, (BOOL,)),
     _Form(Reply, 1, payload=1),
     _Form(ReplyError, 1, (TEXT, TEXT)),
+    _Form(Configured, 1),
+    _Form(Refused, 1, (TEXT, TEXT)),
     _Form(Applied, 2),
     _Form(Failed, 0, (TEXT, TEXT, TEXT, BOOL)),
     _Form(Goodbye, 0, (TEXT,)),
 )
 _NUMBERS = {form.kind: number for number, form in enumerate(_FORMS)}
 _EXPERIENCE_NUMBER = len(_FORMS)
-_EXPERIENCE = struct.Struct("<BBHIqqqqqq")
-"""Number, flags, cell and segment; sequence, version, stride, segment's size, steps and seed."""
-_HAS_LAYOUT, _HAS_INFO, _HAS_NAMED = 1, 2, 4
 _WITH_DESCRIPTORS = frozenset({Arena, Introduced})
 
 
@@ -263,7 +276,7 @@ def pack(message: Message) -> Payload:
     """
     try:
         if type(message) is ExperienceFrame:
-            return _pack_experience(message)
+            return experience_frame.pack_experience(message, _EXPERIENCE_NUMBER)
         number = _NUMBERS[type(message)]
         form = _FORMS[number]
         fields: list[Any] = list(message)
@@ -300,7 +313,7 @@ def unpack(frame: Bytes, allowed: frozenset[type[Any]], fds: Descriptors | None 
             kind = _FORMS[number].kind
         if kind not in allowed:
             raise ProtocolError(f"a {kind.__name__} has no business in this queue")
-        read = _read_experience if kind is ExperienceFrame else _read
+        read = experience_frame.read_experience if kind is ExperienceFrame else _read
         message, end, num_fds = read(frame)
         if end != len(frame):
             raise ValueError(f"{len(frame) - end} bytes follow on its fields")
@@ -334,51 +347,3 @@ def _read(frame: Bytes) -> tuple[Any, int, int]:
         value, at = codec.read_payload(frame, at)
         fields.insert(form.payload, value)
     return form.kind._make(fields), at, int(form.kind in _WITH_DESCRIPTORS)
-
-
-def _pack_experience(message: ExperienceFrame) -> Payload:
-    sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed, named = (
-        message
-    )
-    if min(sequence, version, stride, segment_nbytes, steps, seed) < 0:
-        raise ValueError("a number is negative")
-    flags = (_HAS_LAYOUT if layout is not None else 0) | (_HAS_INFO if info is not None else 0)
-    flags |= _HAS_NAMED if named is not None else 0
-    head = _EXPERIENCE.pack(
-        _EXPERIENCE_NUMBER,
-        flags,
-        cell,
-        segment,
-        sequence,
-        version,
-        stride,
-        segment_nbytes,
-        steps,
-        seed,
-    )
-    if not flags:
-        return head
-    out = bytearray(head)
-    if layout is not None:
-        LAYOUT.write(out, layout)
-    if named is not None:
-        PAIRS.write(out, named)
-    return bytes(out) if info is None else codec.write_payload(out, info)
-
-
-def _read_experience(frame: Bytes) -> tuple[Any, int, int]:
-    fixed = _EXPERIENCE.unpack_from(frame)
-    _, flags, cell, segment, sequence, version, stride, segment_nbytes, steps, seed = fixed
-    if min(fixed) < 0 or flags > _HAS_LAYOUT | _HAS_INFO | _HAS_NAMED:
-        raise ValueError("a number is out of range")
-    at, layout, info, named = _EXPERIENCE.size, None, None, None
-    if flags & _HAS_LAYOUT:
-        layout, at = LAYOUT.read(frame, at)
-    if flags & _HAS_NAMED:
-        named, at = PAIRS.read(frame, at)
-    if flags & _HAS_INFO:
-        info, at = codec.read_payload(frame, at)
-    message = ExperienceFrame(
-        sequence, version, segment, segment_nbytes, cell, stride, layout, steps, info, seed, named
-    )
-    return message, at, int(segment_nbytes > 0)

@@ -83,6 +83,7 @@ class Receiver:
             only then: between the two nothing else would account for it.
         owner: Told what the worker says; ``None`` before ``listen`` and after ``close``.
         takes_weights: Whether the worker can load weights; ``None`` until it is ready.
+        settings_version: The newest version of the settings that the worker was told.
         goodbye: The worker's announcement of an orderly end.
         failed: The worker's announcement that a hook raised.
     """
@@ -107,6 +108,7 @@ class Receiver:
         self.received = 0
         self.owner: LineOwner | None = None
         self.takes_weights: bool | None = None
+        self.settings_version = 0
         self.goodbye: messages.Goodbye | None = None
         self.failed: messages.Failed | None = None
 
@@ -179,6 +181,7 @@ class Receiver:
             fds,
             outstanding=self.granted - self.parser.received,
             newest_version=self._newest_version(),
+            newest_settings=self.settings_version,
         )
 
     def _on_parsed(self, parsing: asyncio.Future[PendingBatch]) -> None:
@@ -230,6 +233,8 @@ class Receiver:
             self._requests.answer(message, value)
         elif isinstance(message, messages.Applied):
             self._requests.applied(message.number, message.version)
+        elif isinstance(message, (messages.Configured, messages.Refused)):
+            self._requests.configured(message)
         elif self.owner is None:
             return
         elif isinstance(message, messages.Ready):

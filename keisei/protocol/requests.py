@@ -19,18 +19,19 @@ class Unreadable(str):
 
 
 class Requests:
-    """Commands without an answer, and weights versions that are not applied yet."""
+    """Commands without an answer, and versions of weights and settings that are not applied yet."""
 
     def __init__(self, worker_id: int, incarnation: int) -> None:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._commands: dict[int, tuple[str, asyncio.Future[Any]]] = {}
         self._versions: dict[asyncio.Future[int], tuple[int, int]] = {}
+        self._settings: dict[int, asyncio.Future[None]] = {}
         self._names: dict[int, str] = {}
 
     def __bool__(self) -> bool:
         """Whether anything is waited for."""
-        return bool(self._commands or self._versions)
+        return bool(self._commands or self._versions or self._settings)
 
     def open_command(self, sequence: int, name: str) -> asyncio.Future[Any]:
         """Return a future of the answer to a command; ``close_command`` ends the wait."""
@@ -51,6 +52,33 @@ class Requests:
         self._versions[future] = (number, version)
         future.add_done_callback(self._versions.pop)
         return future
+
+    def open_settings(self, version: int) -> asyncio.Future[None]:
+        """Return a future of the worker's answer to settings.
+
+        It raises ``CommandError`` if the worker refuses them.
+        """
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settings[version] = future
+        return future
+
+    def configured(self, message: messages.Configured | messages.Refused) -> None:
+        """Take in the answer to settings; one that was not asked for is ignored."""
+        future = self._settings.pop(message.version, None)
+        if future is None or future.done():
+            return
+        if isinstance(message, messages.Configured):
+            future.set_result(None)
+            return
+        future.set_exception(
+            CommandError(
+                f"worker {self._worker_id} refused settings version {message.version} and keeps "
+                f"the former ones: {message.message}",
+                self._worker_id,
+                self._incarnation,
+                remote_traceback=message.traceback or None,
+            )
+        )
 
     def answer(self, message: messages.Reply | messages.ReplyError, value: Any) -> None:
         """Give a command its answer, unless the wait for it is over."""
@@ -79,7 +107,7 @@ class Requests:
     def fail(self, error: WorkerError) -> None:
         """Answer everybody with a copy of ``error``."""
         waiting: list[asyncio.Future[Any]] = [future for _, future in self._commands.values()]
-        for future in [*waiting, *self._versions]:
+        for future in [*waiting, *self._versions, *self._settings.values()]:
             if not future.done() and not future.get_loop().is_closed():
                 future.set_exception(copy_of(error))
 

@@ -43,7 +43,8 @@ class Exited:
 
     ``jitter`` is uniform in [0, 1). ``version`` is the weights version that may be to blame, 0
     for none; ``weights`` stands for their name. ``raised`` tells that a start failed by an
-    exception of the user's code, which a second try would only repeat.
+    exception of the user's code, which a second try would only repeat; ``raised_at_first`` tells
+    the same of the first experience.
     """
 
     worker_id: int
@@ -53,6 +54,7 @@ class Exited:
     version: int = 0
     raised: bool = False
     weights: int = 0
+    raised_at_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,9 @@ class Withdraw:
     weights: int = 0
 
 
+FIRST_EXPERIENCE = "its first experience failed"
+"""The reason of an escalation: the mistake is in the program, as where the first start fails."""
+
 Action = Spawn | Schedule | End | GiveUp | Escalate | Withdraw
 
 
@@ -195,7 +200,7 @@ def _added(table: SlotTable, worker_id: int) -> SlotTable:
     if table.is_stopping:
         return table
     if slot is None:
-        return table.with_slot(worker_id, Slot())
+        return table.with_slot(worker_id, Slot(is_original=not table.was_complete))
     if slot.status.is_terminal:
         return table.with_slot(worker_id, Slot(incarnation=slot.incarnation))
     if slot.status is SlotStatus.ENDING and not slot.is_replaced:
@@ -286,6 +291,8 @@ def _failed(
         return _retry(table, slot, exit_, delay=0.0, actions=poison)
     if exit_.raised and not table.was_complete:
         return _escalated(table, worker_id, "its first start failed")
+    if exit_.raised_at_first and slot.is_original and slot.incarnation == 0:
+        return _escalated(table, worker_id, FIRST_EXPERIENCE)
     if not table.degrade and len(table.failures) > table.max_failures:
         reason = (
             f"more than {table.max_failures} failures in {policy.restart_window:g} s "

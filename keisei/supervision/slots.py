@@ -46,6 +46,7 @@ class Slot:
         in_a_row: Failures since its health was last proven.
         ready_since: When its process became ready; ``None`` while it is not.
         is_restart: Its next process takes the place of one that ended by itself.
+        is_original: It was there before the pool was complete for the first time.
         is_wanted_again: It was added again while its process was being ended; the next one
             starts when that is gone.
         is_replaced: Its process is being ended on request, and the next one takes its place.
@@ -57,6 +58,7 @@ class Slot:
     in_a_row: int = 0
     ready_since: float | None = None
     is_restart: bool = False
+    is_original: bool = False
     is_wanted_again: bool = False
     is_replaced: bool = False
 

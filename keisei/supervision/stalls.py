@@ -102,7 +102,7 @@ class StallWatch:
 
     def _deadline(self, phase: Phase) -> float:
         """Return the seconds without progress that make a ready worker hung."""
-        if phase in (Phase.COMMAND, Phase.LOAD_WEIGHTS):
+        if phase in (Phase.COMMAND, Phase.CONFIGURE, Phase.LOAD_WEIGHTS):
             return max(self._config.collect_timeout, self._config.command_timeout)
         return self._config.collect_timeout
 

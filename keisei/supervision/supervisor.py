@@ -268,6 +268,7 @@ class Supervisor:
                 version=version if verdict.blames_weights else 0,
                 weights=number,
                 raised=verdict.raised and verdict.cause is ExitCause.START_FAILED,
+                raised_at_first=verdict.raised and _is_at_its_first(words),
             )
         )
         if incident is not None:
@@ -358,9 +359,11 @@ class Supervisor:
 
     def _escalate(self, incident: Incident, reason: str) -> None:
         failure: Exception
-        if incident.cause is ExitCause.START_FAILED and not self._table.was_complete:
+        is_first_start = incident.cause is ExitCause.START_FAILED and not self._table.was_complete
+        if is_first_start or reason == machine.FIRST_EXPERIENCE:
+            what = "could not start" if is_first_start else "failed in its first collect()"
             failure = WorkerStartError(
-                f"worker {incident.worker_id} could not start: {incident.detail}",
+                f"worker {incident.worker_id} {what}: {incident.detail}",
                 incident.worker_id,
                 incident.incarnation,
                 incident.exitcode,
@@ -372,6 +375,11 @@ class Supervisor:
             )
         self._publish(events.PoolEscalated(incident))
         self.fail(failure)
+
+
+def _is_at_its_first(words: LastWords) -> bool:
+    """Return whether a process ended in its first ``collect``, and had no weights to blame."""
+    return words.phase == "collect" and words.delivered == 0 and words.version <= 1
 
 
 def _lost(one: Incarnation, why: str, incident: Incident | None = None) -> WorkerLost:

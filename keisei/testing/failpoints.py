@@ -7,7 +7,8 @@
         ...  # worker 1 is killed when it is about to collect its third experience
 
 A *place* is a name. Every hook of a worker is a place: "setup", "collect", "reset", "on_command",
-"teardown", and "load_weights" where it is overridden, each reached before the hook is called.
+"configure", "teardown", and "load_weights" where it is overridden, each reached before the hook is
+called.
 "committed" is reached when the experience of a ``def collect`` has been sent. A worker's own code
 has as many more as it likes, by calling ``failpoint("name")``, which costs next to nothing
 where nothing is armed.
@@ -44,7 +45,7 @@ from keisei.worker import Worker, WorkerContext
 ARM = "keisei.testing.arm"
 """The command that arms more failpoints in an ``armed`` worker; its data is a list of them."""
 
-_HOOKS = ("load_weights", "reset", "teardown")
+_HOOKS = ("load_weights", "configure", "reset", "teardown")
 _EXPERIENCE = 3  # its place among what WorkerEndpoints.detach() gives away
 _QUEUES = 4
 _HEADER = struct.Struct("<Q")

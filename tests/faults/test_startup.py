@@ -19,6 +19,7 @@ import torch
 import backend_workers
 import fault_workers
 import pool_workers
+import settings_workers
 from fault_helpers import (
     LIMIT,
     METHODS,
@@ -96,6 +97,39 @@ async def test_run_fails_fast_when_no_worker_ever_started(make_manager):
             await manager.run()
     assert {one.cause for one in manager.incidents} <= {ExitCause.START_FAILED}
     assert manager.stats().num_restarts == 0
+
+
+async def collect_for_ever(manager):
+    async with manager:
+        while True:
+            await manager.collect()
+
+
+@pytest.mark.parametrize("degrade", [False, True])
+async def test_an_exception_in_the_first_collect_is_raised_at_once(make_manager, degrade):
+    """As one in ``setup``: it is not tried again, and its traceback reaches the caller."""
+    worker = partial(settings_workers.FailsAtFirst, 1, 1)
+    extra = {"on_exhausted": "degrade"} if degrade else {}
+    async with fail_after(LIMIT):
+        manager = make_manager(worker, **extra)
+        with pytest.raises(
+            WorkerStartError, match="worker 1 failed in its first collect"
+        ) as caught:
+            await collect_for_ever(manager)
+    assert "ValueError: a mistake in collect" in caught.value.remote_traceback
+    assert kinds(manager.incidents) == [(1, 0, ExitCause.USER_ERROR)]
+    assert manager.stats().num_restarts == 0
+
+
+@pytest.mark.parametrize("worker", [(2, 0, False), (1, 2, False)], ids=["second", "added"])
+async def test_an_exception_in_a_later_collect_is_tried_again(make_manager, worker):
+    """Once an experience has been collected, and where a slot was added to a complete pool."""
+    factory = partial(settings_workers.FailsAtFirst, *worker)
+    async with fail_after(LIMIT), make_manager(factory) as manager:
+        await manager.scale(3)
+        while not any(batch.incarnation == 1 for batch in await manager.collect()):
+            pass
+        assert kinds(manager.incidents) == [(worker[1], 0, ExitCause.USER_ERROR)]
 
 
 async def test_a_restart_that_raises_counts_to_the_budget(make_manager):

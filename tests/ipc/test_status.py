@@ -115,7 +115,7 @@ def test_whatever_the_page_holds_is_a_status(words):
         )
         for _ in range(2):
             phase = status.phase
-            assert phase is (Phase(words[0]) if words[0] < 6 else Phase.UNKNOWN)
+            assert phase is (Phase(words[0]) if words[0] < 7 else Phase.UNKNOWN)
             assert phase.name.isupper()
             assert 0 <= status.since <= time.monotonic()
             for name in ("version", "begun", "committed", "command"):

@@ -36,6 +36,11 @@ EXPECTED = [
     ("INFO", "the pool is paused"),
     ("INFO", "the pool goes on"),
     ("INFO", "the pool has 1 worker now"),
+    ("INFO", "settings version 4 of workers 0, 2: level, map"),
+    (
+        "WARNING",
+        "worker 2 (incarnation 1): it refused: ValueError: no\n  traceback:\n    Trace\n      …",
+    ),
     ("INFO", "worker 1 (incarnation 0) ended: requested"),
     ("INFO", "the pool stopped after 0 incidents"),
     ("INFO", "evaluation 2 of update 8, 1.5 s, win_rate 0.75"),

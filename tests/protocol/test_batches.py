@@ -129,6 +129,7 @@ LIES = {
     "an enormous stride": {"stride": (1 << 63) - 1},
     "tensors beyond the cell": {"layout": describe({"x": torch.zeros(1 << 20)})},
     "no tensors": {"layout": Layout.of([])},
+    "settings that it was not told": {"settings_version": 1},
     "a segment without its descriptor": {"segment_nbytes": 2 * PAGE},
     "an info that is no pickle": {"info": b"nonsense"},
     "an info that is no dict": {"info": serialize.dumps([1])},

@@ -33,9 +33,10 @@ FRAME = messages.ExperienceFrame(
 )
 LAYOUT = Layout.of([("w", torch.float32, (2, 3)), ("", torch.bool, ()), ("none", torch.int8, (0,))])
 SAMPLES = [
-    messages.Hello(b"factory", 1, 2, 3, 4, "cpu", 5, 6, 7, True, None, 8, True),
+    messages.Hello(b"factory", 1, 2, 3, 4, "cpu", 5, 6, 7, True, None, 8, True, False),
     messages.Command(1, "echo", b"data"),
     messages.Pause(2),
+    messages.Configure(3, (("level", 5), ("", 0)), b"value"),
     messages.Resume(),
     messages.Stop(),
     messages.Arena(1, 2, True, "name", LAYOUT),
@@ -45,6 +46,8 @@ SAMPLES = [
     messages.Ready(4, takes_weights=False),
     messages.Reply(5, b"value"),
     messages.ReplyError(6, "message", "traceback \ud800 \N{MUSICAL SYMBOL G CLEF}"),
+    messages.Configured(6),
+    messages.Refused(6, "message", "traceback"),
     messages.Applied(3, 7),
     messages.Failed("collect", "message", "traceback", during_start=False),
     messages.Goodbye("it is old"),
@@ -53,6 +56,7 @@ SAMPLES = [
     FRAME._replace(named=((1, 2), (1 << 40, 3))),
     FRAME._replace(layout=LAYOUT, info=b"pickled", segment_nbytes=1 << 20),
     FRAME._replace(layout=Layout.of([])),
+    FRAME._replace(settings_version=12, layout=LAYOUT),
 ]
 
 
@@ -84,9 +88,13 @@ MESSAGES = st.one_of(
         st.none() | INTS,
         st.none() | INTS,
         st.booleans(),
+        st.booleans(),
     ),
     st.builds(messages.Command, INTS, TEXTS, PAYLOADS),
     st.builds(messages.Pause, INTS),
+    st.builds(messages.Configure, INTS, st.lists(st.tuples(TEXTS, INTS)).map(tuple), PAYLOADS),
+    st.builds(messages.Configured, INTS),
+    st.builds(messages.Refused, INTS, TEXTS, TEXTS),
     st.builds(messages.Arena, INTS, INTS, st.booleans(), TEXTS, LAYOUTS),
     st.builds(messages.Dropped, INTS, INTS),
     st.builds(messages.Introduced, INTS),
@@ -110,6 +118,7 @@ MESSAGES = st.one_of(
         st.none() | PAYLOADS,
         INTS,
         st.none() | st.lists(st.tuples(INTS, INTS), max_size=3).map(tuple),
+        INTS,
     ),
 )
 

@@ -459,6 +459,30 @@ def test_once_complete_a_start_that_raises_is_tried_again():
     assert drive.fail(0, ExitCause.START_FAILED, raised=True, jitter=0.5) == [Schedule(0, 1, 0.05)]
 
 
+def test_a_first_experience_that_raises_escalates_at_once():
+    """The mistake is in the program, also where slots may be given up."""
+    for pool in ({}, {"degrade": True}):
+        drive = Drive(2, **pool)
+        drive.ready(0, 1)
+        actions = drive.fail(1, ExitCause.USER_ERROR, raised_at_first=True)
+        assert actions == [Escalate(1, "its first experience failed")]
+
+
+def test_the_first_experience_of_a_later_process_or_slot_is_tried_again():
+    """The pool has worked before, so the policy decides as about any failure."""
+    drive = Drive(1)
+    drive.ready(0)
+    drive.fail(0)
+    drive.ready(0)
+    actions = drive.fail(0, ExitCause.USER_ERROR, raised_at_first=True, jitter=0.5)
+    assert actions == [Schedule(0, 1, 0.05)]
+    drive.tell(Added(1))
+    drive.ready(1)
+    assert drive.fail(1, ExitCause.USER_ERROR, raised_at_first=True) == [
+        Spawn(1, 1, is_restart=True)
+    ]
+
+
 def test_a_pool_is_complete_when_all_that_live_are_running():
     """Slots that are gone do not count, but one that still starts does."""
     drive = Drive(3)
@@ -634,6 +658,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.in_a_row: dict[int, int] = {}
         self.ready_at: dict[int, float] = {}
         self.is_over = False
+        self.original: set[int] = set()
         self.was_complete = False
         self.withdrawn: list[int] = []
         self.replaced: set[int] = set()
@@ -685,6 +710,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(worker_id=workers)
     def add(self, worker_id):
         slot = self.pool.slots.get(worker_id)
+        if slot is None and not self.was_complete:
+            self.original.add(worker_id)
         is_leaving = worker_id in self.ending - self.replaced
         if slot is None or slot.status.is_terminal or is_leaving:
             self.failures[worker_id] = []
@@ -722,8 +749,9 @@ class AnyOrder(RuleBasedStateMachine):
         jitter=st.floats(0.01, 0.99),
         version=st.integers(0, 4),
         raised=st.booleans(),
+        at_first=st.booleans(),
     )
-    def exit(self, data, cause, jitter, version, raised):
+    def exit(self, data, cause, jitter, version, raised, at_first):
         worker_id = data.draw(st.sampled_from(sorted(self.processes)))
         incarnation = self.processes.pop(worker_id)
         was_ending = worker_id in self.ending
@@ -733,7 +761,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.ending.discard(worker_id)
         was_replaced = worker_id in self.replaced
         self.replaced.discard(worker_id)
-        actions = self.tell(Exited(worker_id, incarnation, cause, jitter, version, raised))
+        actions = self.tell(
+            Exited(worker_id, incarnation, cause, jitter, version, raised, at_first)
+        )
         escalated = any(isinstance(action, Escalate) for action in actions)
         gave_up = GiveUp(worker_id) in actions
         delays = [action.delay for action in actions if isinstance(action, Schedule)]
@@ -750,7 +780,9 @@ class AnyOrder(RuleBasedStateMachine):
         self.all_failures.append(self.now)
         own, everybodys = self.recent(self.failures[worker_id]), self.recent(self.all_failures)
         withdrew = any(isinstance(action, Withdraw) for action in actions)
-        first_raised = raised and not self.was_complete
+        first_raised = (raised and not self.was_complete) or (
+            at_first and incarnation == 0 and worker_id in self.original
+        )
         too_often = (own if self.pool.degrade else everybodys) > self.policy.max_restarts
         too_few = self.pool.num_alive < self.pool.min_workers
         if withdrew:

@@ -13,7 +13,7 @@ import pytest
 
 import pool_workers
 from keisei.events import WorkerReady
-from keisei.exceptions import CommandError, PoolExhausted, WorkerLost
+from keisei.exceptions import CommandError, WorkerLost, WorkerStartError
 from keisei.testing import failpoints
 from keisei.testing.failpoints import ARM, Failpoint, Gate, armed, failpoint, kill, throw
 from keisei.testing.scenarios import fail_after, next_event
@@ -93,7 +93,7 @@ async def test_user_code_has_places_of_its_own(make_manager, worker):
                 await manager.send_command("reach", "my place", worker_ids=[1])
             assert await manager.send_command("reach", "my place") == {0: None, 1: None}
         else:
-            with pytest.raises(PoolExhausted, match="ValueError: armed"):
+            with pytest.raises(WorkerStartError, match="ValueError: armed"):
                 await manager.collect()
 
 
@@ -105,7 +105,7 @@ async def test_faults_of_whole_processes_spare_the_application(make_manager, fau
     factory = armed(pool_workers.Counting, Failpoint("collect", getattr(failpoints, fault)))
     config = {"backend": "inline", "mode": "sync", "restart": {"max_restarts": 0}}
     async with fail_after(30), make_manager(factory, **config) as manager:
-        with pytest.raises(PoolExhausted, match=r"the fault .* would hit the application"):
+        with pytest.raises(WorkerStartError, match=r"the fault .* would hit the application"):
             await manager.collect()
 
 

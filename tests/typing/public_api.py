@@ -167,6 +167,8 @@ async def pool(manager: ParallelManager, model: torch.nn.Module) -> None:
         assert_type(await manager.push_weights(model, wait=True, timeout=1.0), int)
         assert_type(await manager.push_weights(model.state_dict()), int)
         assert_type(await manager.send_command("ping", {"a": 1}, worker_ids=[0]), dict[int, Any])
+        assert_type(await manager.configure({"level": 1}, [0]), int)
+        assert_type(manager.settings_of(0), dict[str, Any])
         await manager.pause()
         await manager.resume()
         await manager.reset()

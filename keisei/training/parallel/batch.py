@@ -46,6 +46,8 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
         weights_versions: The version of each name of weights that the worker had taken: those that
             its models were filled with, and those that it asked for. ``weights_version`` is that
             of "main".
+        settings_version: The version of the settings that it was collected with; 0 is those that
+            the manager began with.
         parts: What ``cat`` joined, in order: each batch's provenance and info, without tensors.
             Empty for a batch that a worker sent.
     """
@@ -60,6 +62,7 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
     staleness: int = 0
     seed: int = 0
     weights_versions: Mapping[str, int] = field(default_factory=dict)
+    settings_version: int = 0
     parts: tuple[ExperienceBatch, ...] = ()
 
     __eq__ = object.__eq__
@@ -79,6 +82,7 @@ class ExperienceBatch(Mapping[str, "torch.Tensor"]):
             max(0, newest_version - pending.version),
             pending.seed,
             weights_versions=dict(pending.versions),
+            settings_version=pending.settings_version,
         )
 
     @classmethod

@@ -24,6 +24,7 @@ from keisei.training.parallel.named_weights import named_models
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.run import Learner, first_weights
 from keisei.training.parallel.seeds import draw_root
+from keisei.training.parallel.settings import SettingsBook, SettingsSource
 from keisei.training.parallel.streams import EventHub
 from keisei.training.parallel.weights_source import WeightsSource
 from keisei.worker import MAIN, Worker
@@ -46,13 +47,14 @@ class Lifecycle:
     A manager that is dropped without ``stop`` gives a ``ResourceWarning``, and its workers end.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a pool consists of
         self,
         worker: Callable[[], Worker],
         *,
         model: torch.nn.Module | None = None,
         models: Mapping[str, WeightsSource] | None = None,
         learner: Learner | None = None,
+        settings: SettingsSource | None = None,
         config: ParallelConfig | Mapping[str, Any] | None = None,
         observers: Iterable[Observer] = (),
         backend: Backend | None = None,
@@ -66,6 +68,9 @@ class Lifecycle:
             models: Modules or state dicts by name of weights, version 1 of each; "main" is what
                 ``model`` is.
             learner: For ``run``. Without a ``model`` its state dict is version 1 of "main".
+            settings: What workers begin with, as ``context.settings``: picklable values by name,
+                or a callable that returns them for a worker id, which is how workers get
+                different environments. ``configure`` changes them.
             config: A ``ParallelConfig``, or a mapping that validates to one.
             observers: Objects with ``on_event(event)``, called for every event.
             backend: Starts the workers, in the place of the one that ``config.backend`` names;
@@ -73,13 +78,16 @@ class Lifecycle:
 
         Raises:
             ConfigurationError: The configuration cannot work; every problem is listed.
-            SerializationError: ``worker`` cannot be sent to a process.
+            SerializationError: ``worker``, or one of the settings, cannot be sent to a process.
+            TypeError: ``worker`` is not callable, or ``settings`` are no mapping with names that
+                are text.
             WeightsError: A key of ``models`` is no name, or there are two of "main".
         """
         self.config = ParallelConfig.of(config)
         in_processes = backend is not None or self.config.backend != "inline"
         self._factory = pickle_factory(worker, for_processes=in_processes)
         self._models = named_models(model, models)
+        self._settings = SettingsBook(settings, self.config.num_workers)
         self._learner = learner
         self._backend = backend
         self._hub = EventHub(observers)
@@ -133,7 +141,12 @@ class Lifecycle:
         self._state = _State.STARTING
         self._started_at = time.monotonic()
         pool = self._pool = Pool(
-            self.config, self._factory, self._seed, self._hub.publish, self._backend
+            self.config,
+            self._factory,
+            self._seed,
+            self._hub.publish,
+            self._backend,
+            self._settings,
         )
         self._if_dropped = weakref.finalize(self, _dropped, pool, self._loop)
         self._if_dropped.atexit = False  # workers end with the application

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -26,6 +26,7 @@ from keisei.training.parallel.communication import WorkerCommunicator
 from keisei.training.parallel.flow import Flow
 from keisei.training.parallel.model_sync import ModelSynchronizer
 from keisei.training.parallel.seeds import worker_seed
+from keisei.training.parallel.settings import SettingsBook, SettingsTeller
 from keisei.training.parallel.stats import WorkerInfo
 from keisei.worker import MAIN
 
@@ -37,6 +38,7 @@ class Pool:
         supervisor: Keeps the slots filled; owns every process with its line.
         synchronizer: Owns the weights.
         communicator: Sends commands over the lines.
+        settings: Keeps what each slot is set to, and tells the workers.
         flow: The credits and the inbox.
         backend: Starts processes.
         num_workers: Slots that are wanted.
@@ -53,6 +55,7 @@ class Pool:
         seed: int,
         publish: Callable[[Event], None],
         backend: Backend | None = None,
+        settings: SettingsBook | None = None,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -80,6 +83,8 @@ class Pool:
             lines=self.supervisor.lines,
             synchronizer=self.synchronizer,
         )
+        book = settings or SettingsBook(None, config.num_workers)
+        self.settings = SettingsTeller(book, self.supervisor.lines, publish)
         self.flow = Flow(config, self.ready, self.synchronizer.newest_version)
         self.on_batch = self.flow.arrived
 
@@ -132,7 +137,13 @@ class Pool:
         await self.supervisor.wait_settled()
 
     async def resize(self, num_workers: int) -> None:
-        """Add or remove slots at the upper end; return when all are ready or gone."""
+        """Add or remove slots at the upper end; return when all are ready or gone.
+
+        Raises:
+            Exception: Whatever the function of the settings raises for a new slot; nothing has
+                changed then.
+        """
+        self.settings.book.add(range(num_workers))
         before, self.num_workers = self.num_workers, num_workers
         self._devices = self._resolve_devices()
         for worker_id in range(before, num_workers):
@@ -156,6 +167,22 @@ class Pool:
             status = slots.slots[worker_id].status
             why = f"worker {worker_id} was not restarted: its slot is {status} now"
             raise WorkerLost(why, worker_id, slots.slots[worker_id].incarnation)
+
+    def known(self, worker_ids: Iterable[int]) -> frozenset[int]:
+        """Return those worker ids as a set.
+
+        Raises:
+            ValueError: A slot of them is not there, or was given up.
+        """
+        chosen = frozenset(worker_ids)
+        there = {
+            worker_id
+            for worker_id in self.supervisor.slots
+            if worker_id < self.num_workers and not self.supervisor.is_closed(worker_id)
+        }
+        if unknown := chosen - there:
+            raise ValueError(f"no such worker: {sorted(unknown)}; there are {sorted(there)}")
+        return chosen
 
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
@@ -233,7 +260,8 @@ class Pool:
         endpoints = line.endpoints()
         has_weights = self.synchronizer.introduce(line)
         worker_id, incarnation = line.worker_id, line.incarnation
-        line.send(
+        self.settings.greet(
+            line,
             messages.Hello(
                 factory=self._factory,
                 worker_id=worker_id,
@@ -250,7 +278,7 @@ class Pool:
                 max_experiences=self.config.max_experiences_per_worker,
                 max_rss=self.config.max_worker_rss,
                 has_weights=has_weights,
-            )
+            ),
         )
         return await self.backend.start(endpoints, f"keisei-worker-{worker_id}.{incarnation}")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from keisei.events import PoolScaled
-from keisei.training.parallel.lifecycle import Lifecycle
+from keisei.training.parallel.configuring import Configuring
 
 
-class Sizing(Lifecycle):
+class Sizing(Configuring):
     """Changes the number of slots, and the process in a slot, of a pool that is running."""
 
     async def scale(self, num_workers: int) -> None:
@@ -18,6 +18,8 @@ class Sizing(Lifecycle):
 
         Raises:
             ValueError: ``num_workers`` is not positive.
+            Exception: Whatever a callable of ``settings`` raises for a new slot; nothing has
+                changed then.
             PoolExhausted: The restart policy was exceeded.
             ManagerStateError: The manager is not running.
         """
