@@ -147,10 +147,11 @@ def stress(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON, default=False)
 def mutation(session: nox.Session) -> None:
-    """Break the guarantees on purpose, one after the other: ``-- --breaks [NAME ...]``."""
+    """Mutate the package at random, or break each guarantee: ``-- --breaks [NAME ...]``."""
     install(session, "test")
     arguments = [argument for argument in session.posargs if argument != "--breaks"]
-    session.run("python", "tests/breaks/run.py", *arguments)
+    program = "run" if "--breaks" in session.posargs else "mutants"
+    session.run("python", f"tests/breaks/{program}.py", *arguments)
 
 
 @nox.session(python=PYTHON, default=False)

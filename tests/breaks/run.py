@@ -1,7 +1,7 @@
-"""Break one guarantee after the other, and see whether the tests notice: ``nox -s mutation``.
+"""Break one guarantee after the other, and see whether the tests notice.
 
-``python tests/breaks/run.py [NAME ...]`` runs the breaks whose name has a word in it, or those of a
-guarantee by its number; without arguments all of them. Each is applied to a copy of the
+``nox -s mutation -- --breaks [NAME ...]`` runs the breaks whose name has a word in it, or those of
+a guarantee by its number; without arguments all of them. Each is applied to a copy of the
 repository, which the tests and every process that they start import, and only the tests that are
 named with it are run. Before that the same tests are run without a break: a test that fails anyway
 proves nothing.
@@ -22,7 +22,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from catalogue import ROOT, Break, all_breaks, chosen
+sys.path[:0] = [] if "breaks" in sys.modules else [str(Path(__file__).parent.parent)]
+
+from breaks.catalogue import (  # noqa: E402 - this is a program, and tested as a module
+    ROOT,
+    Break,
+    all_breaks,
+    chosen,
+)
 
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "out")
 OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "--no-header", "--tb=line")
@@ -111,7 +118,7 @@ def _last(text: str, *beginnings: str) -> str:
     return (lines or text.strip().splitlines() or [""])[-1]
 
 
-def _show(text: str) -> None:
+def show(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
@@ -132,19 +139,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tests = sorted({test for one in breaks for test in one.tests})
             code, text = copy.run(tests, options.deadline * len(breaks))
             if code != PASSED:
-                _show(f"the tests fail without any break:\n{text}")
+                show(f"the tests fail without any break:\n{text}")
                 return 1
-            _show(f"{len(tests)} tests pass without a break")
+            show(f"{len(tests)} tests pass without a break")
         for one in breaks:
             began = time.monotonic()
             result, more = copy.result(one, options.deadline)
             results[one.guarantee, result] += 1
             seconds = time.monotonic() - began
-            _show(f"{result:14} {seconds:6.1f} s  {one.guarantee:2}  {one.name}\n{'':15}{more}")
-    _show("\n| guarantee | breaks | caught |\n|---|---|---|")
+            show(f"{result:14} {seconds:6.1f} s  {one.guarantee:2}  {one.name}\n{'':15}{more}")
+    show("\n| guarantee | breaks | caught |\n|---|---|---|")
     for guarantee in sorted({guarantee for guarantee, _ in results}):
         total = sum(n for (number, _), n in results.items() if number == guarantee)
-        _show(f"| {guarantee} | {total} | {results[guarantee, CAUGHT]} |")
+        show(f"| {guarantee} | {total} | {results[guarantee, CAUGHT]} |")
     return int(any(result != CAUGHT for _, result in results))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from breaks import mutants
 from breaks.catalogue import ROOT, all_breaks, chosen
 
 BREAKS = all_breaks()
@@ -71,3 +72,24 @@ def test_old_text_that_moved_is_told():
     for source in ("", one.old * 2):
         with pytest.raises(ValueError, match=re.escape(one.name)):
             one.broken(source)
+
+
+def test_a_mutant_is_one_change_of_a_module():
+    """Every place of a module can be changed, each in its own way, to what compiles."""
+    file = "keisei/protocol/coalescer.py"
+    source = ast.unparse(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    made = [
+        mutants.mutant(file, place, ()).new
+        for place in range(len([*mutants.places(ast.parse(source))]))
+    ]
+    assert len({source, *made}) == len(made) + 1
+    for text in made:
+        compile(text, file, "exec")
+
+
+def test_mutants_are_drawn_by_a_seed():
+    """The same ones by the same seed, of the modules that are named."""
+    first = mutants.drawn(["protocol/", "rounds.py"], 10, 3)
+    assert first == mutants.drawn(["protocol/", "rounds.py"], 10, 3)
+    assert len(set(first)) == 10
+    assert all("protocol/" in file or file.endswith("rounds.py") for file, _ in first)

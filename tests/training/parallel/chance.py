@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import random
 import selectors
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import pytest
 
 from keisei.ipc import threads
-from keisei.protocol import receiver
 
 T = TypeVar("T")
 
@@ -63,6 +63,8 @@ def run(main: Callable[[random.Random], Coroutine[Any, Any, T]], seed: int) -> T
     draw = random.Random(seed)
     selector = _Chance(draw)
 
+    in_thread = threads.in_thread
+
     def in_no_thread(work: Callable[[], Any], undo: object = None) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -81,8 +83,9 @@ def run(main: Callable[[random.Random], Coroutine[Any, Any, T]], seed: int) -> T
         return future
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threads, "in_thread", in_no_thread)
-        patch.setattr(receiver, "in_thread", in_no_thread)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("keisei.") and vars(module).get("in_thread") is in_thread:
+                patch.setattr(module, "in_thread", in_no_thread)
         loop = asyncio.SelectorEventLoop(selector)
         loop.time = lambda: selector.now  # type: ignore[method-assign]
         try:
