@@ -66,6 +66,10 @@ class GymnasiumWorker(Worker):
     ``mask``                ``bool``       ``[T, N]``; where false the step only reset an
                                            environment and is no transition: leave it out of
                                            the loss. All true unless the mode is ``NEXT_STEP``
+    ``next_observations``   as before      ``[T, N, *shape]``, with ``next_observations=True``: what
+                                           each action led to, at an end the episode's last
+                                           observation, so that a row is a whole transition;
+                                           named by leaves as ``observations`` is
     ======================= ============== =====================================================
 
     ``generalized_advantage_estimate`` takes these tensors as they are. ``num_steps`` counts the
@@ -107,12 +111,13 @@ class GymnasiumWorker(Worker):
             all of them. By default ``DISABLED``: the worker resets environments itself, so no
             step is wasted and no final observation can be overwritten by the reset. A vector
             environment has its own mode; give it here only if its metadata does not.
+        next_observations: Deliver ``next_observations``, for off-policy learners.
 
     Raises:
         ConfigurationError: An argument that cannot work.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is an option that many users leave alone
         self,
         env: Source | Sequence[Source],
         policy: Callable[[Space[Any], Space[Any]], nn.Module] | nn.Module,
@@ -122,6 +127,7 @@ class GymnasiumWorker(Worker):
         env_kwargs: EnvKwargs | None = None,
         vectorization: str = "sync",
         autoreset_mode: AutoresetMode | str | None = None,
+        next_observations: bool = False,
     ) -> None:
         self._source = EnvSource(
             env,
@@ -139,6 +145,7 @@ class GymnasiumWorker(Worker):
             raise ConfigurationError(problems)
         self._policy = policy
         self._rollout_length = rollout_length
+        self._next_observations = next_observations
         self._opened: OpenEnvs | None = None
 
     @property
@@ -171,6 +178,7 @@ class GymnasiumWorker(Worker):
             envs.single_action_space,
             self._rollout_length,
             envs.num_envs,
+            next_observations=self._next_observations,
         )
         self._episodes = EpisodeLog(envs.num_envs, is_told=tells_episodes(envs))
         self._stepper = make_stepper(opened, buffer, self._episodes, context.progress)
