@@ -100,7 +100,7 @@ EVERY_EVENT: tuple[Event, ...] = (
     SettingsChanged(4, ("level", "map"), (0, 2)),
     SettingsRefused(2, 1, 4, "it refused: ValueError: no", "Trace\n  …\n"),
     WorkerExited(1, 0, ExitCause.REQUESTED),
-    PoolStopped(0),
     EvaluationCompleted(2, 8, 2048, 9, 1.5, {"win_rate": 0.75}),
     EvaluationFailed(3, 12, "ValueError: no"),
+    PoolStopped(0),
 )

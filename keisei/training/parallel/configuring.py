@@ -81,7 +81,7 @@ class Configuring(Lifecycle):
     async def _hold_rounds(self, pool: Pool, limit: float, deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
-                await pool.flow.hold_rounds(lambda: self._is_over(pool))
+                await pool.flow.hold_rounds(lambda: pool.is_paused or self._is_over(pool))
         except TimeoutError:
             raise CommandTimeout(
                 f"the round that is being collected was not complete within {limit:g} s; no "

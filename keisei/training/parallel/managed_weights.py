@@ -29,8 +29,9 @@ class ManagedWeights(Lifecycle):
 
         They are copied once into shared memory, whatever the number of workers; each worker takes
         the newest version before its next experience. In sync mode a round that is being
-        collected is waited for, and none begins meanwhile. When cancelled, the version is either
-        published or not.
+        collected is waited for, and none begins meanwhile; while the pool is paused a round is not
+        waited for, and workers that have not begun it collect with this version. When cancelled,
+        the version is either published or not.
 
         Each name has a layout, memory and versions of its own. A worker takes those that it has a
         model for (``Worker.models``), and any others when it asks (``WorkerContext.weights``).
@@ -53,7 +54,7 @@ class ManagedWeights(Lifecycle):
             ManagerStateError: The manager is not running.
         """
         pool = self._usable()
-        await pool.flow.hold_rounds(lambda: self._is_over(pool))
+        await pool.flow.hold_rounds(lambda: pool.is_paused or self._is_over(pool))
         try:
             version = await pool.synchronizer.push(weights, name)
         finally:

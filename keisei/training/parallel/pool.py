@@ -187,6 +187,7 @@ class Pool:
     async def pause(self, timeout: float | None) -> None:
         """Return when every worker stands still; raises ``CommandTimeout``."""
         self.is_paused = True
+        self.flow.wake()  # a push that waits for a round waits no longer
         lines = self.ready.now()
         try:
             await self.communicator.pause(list(lines), timeout)

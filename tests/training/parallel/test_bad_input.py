@@ -11,7 +11,7 @@ import torch
 
 import pool_workers
 from keisei.events import ExitCause
-from keisei.exceptions import ConfigurationError, PoolExhausted, SerializationError
+from keisei.exceptions import ConfigurationError, SerializationError, WorkerStartError
 from keisei.testing.leaks import check_no_leaks
 from keisei.testing.scenarios import fail_after
 from keisei.training.parallel.parallel_manager import ParallelManager
@@ -124,7 +124,7 @@ async def test_an_experience_that_cannot_be_shared_names_the_key_and_the_type(
     config = {"backend": backend, "mode": "sync", "num_workers": 1}
     manager = make_manager(worker, **config, restart={"max_restarts": 0})
     async with fail_after(30), manager:
-        with pytest.raises(PoolExhausted, match=problem):
+        with pytest.raises(WorkerStartError, match=problem):
             await manager.collect()
         (incident,) = manager.incidents
         assert (incident.worker_id, incident.phase) == (0, "collect")
@@ -167,5 +167,7 @@ async def test_a_hook_that_is_not_there_is_explained(make_manager):
     """A worker without collect says which class must define it."""
     manager = make_manager(Worker, mode="sync", num_workers=1, restart={"max_restarts": 0})
     async with fail_after(30), manager:
-        with pytest.raises(PoolExhausted, match=r"NotImplementedError: Worker must define collect"):
+        with pytest.raises(
+            WorkerStartError, match=r"NotImplementedError: Worker must define collect"
+        ):
             await manager.collect()

@@ -87,7 +87,7 @@ async def test_queue_info_tells_true_counts(make_manager, mode):
             await manager.send_command("echo", worker_ids=[0])
             assert manager.queue_info().control_queue_sizes == (0, 4)
             await manager.push_weights({"w": torch.zeros(1)})
-            while manager.queue_info().model_queue_sizes != (0, 1):
+            while manager.queue_info().model_queue_sizes != (0, 2):  # where, and that, they are
                 await manager.send_command("echo", worker_ids=[0])
             held.release()
             await asyncio.gather(*asking)
@@ -261,9 +261,10 @@ async def test_an_incident_tells_the_whole_story(make_manager):
 
 async def test_a_user_error_has_its_traceback(make_manager):
     """An exception in collect is an incident with the worker's own traceback."""
-    worker = armed(pool_workers.Counting, Failpoint("collect", pool_workers.no, worker_id=0))
+    worker = armed(pool_workers.Counting, Failpoint("collect", pool_workers.no, worker_id=0, hit=2))
     manager = make_manager(worker, mode="sync")
     async with fail_after(30), manager:
+        await manager.collect()
         await manager.collect()
         (incident,) = manager.incidents
         assert incident.cause is ExitCause.USER_ERROR

@@ -240,7 +240,9 @@ async def test_large_weights_are_copied_in_another_thread(make_manager, monkeypa
                 for version in (1, 2, 3):
                     assert await manager.push_weights(tensors, wait=True) == version
                     assert Telling.threads, "it was copied"
-                    assert (here not in Telling.threads) is threads_are_others
+                    if version > 1 or threads_are_others:  # the first makes the memory
+                        assert (here not in Telling.threads) is threads_are_others
+                    Telling.threads.clear()
     assert reserved, "memory was reserved"
     assert here not in reserved
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pool_workers
-from keisei import ExperienceBatch, PoolExhausted
+from keisei import ExperienceBatch, WorkerStartError
 from keisei.testing.scenarios import fail_after
 
 OBS = torch.arange(24.0).view(8, 3)
@@ -50,7 +50,7 @@ async def test_a_nested_name_that_clashes_is_told(make_manager):
     worker = partial(pool_workers.Returning, {"a": {"b": OBS}, "a.b": OBS})
     config = {"num_workers": 1, "restart": {"max_restarts": 0}}
     message = "two entries of the experience have the name 'a.b'"
-    with pytest.raises(PoolExhausted, match=re.escape(message)):
+    with pytest.raises(WorkerStartError, match=re.escape(message)):
         async with fail_after(60), make_manager(worker, **config) as manager:
             await manager.collect()
 
