@@ -167,7 +167,5 @@ async def test_a_hook_that_is_not_there_is_explained(make_manager):
     """A worker without collect says which class must define it."""
     manager = make_manager(Worker, mode="sync", num_workers=1, restart={"max_restarts": 0})
     async with fail_after(30), manager:
-        with pytest.raises(
-            WorkerStartError, match=r"NotImplementedError: Worker must define collect"
-        ):
+        with pytest.raises(WorkerStartError, match="Worker must define collect"):
             await manager.collect()

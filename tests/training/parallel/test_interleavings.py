@@ -165,8 +165,6 @@ async def interleaved(make, calls, draw):
 def test_any_calls_in_any_order_leave_a_pool_that_owes_nothing(parallel_config, worker, mode, kind):
     """No batch is lost or doubled, no demand, round or request stays, and every call works on."""
     calls = WHILE_IT_RUNS if kind == "collecting" else ALL
-    if mode == "sync":  # a push waits for a round that was paused, as long as nobody resumes
-        calls = [call for call in calls if call is not Caller.pause]
     config = {**parallel_config, "mode": mode, "backend": "inline"}
     make = partial(ParallelManager, worker, config=config)
     for seed in (*FOUND, *SEEDS):

@@ -141,6 +141,19 @@ async def test_commands_and_weights_are_handled_while_paused(make_manager):
         assert await count(manager) == before
 
 
+async def test_a_push_waits_for_no_round_of_a_paused_pool(make_manager):
+    """A round that a pause holds up goes on after it, with what was pushed and set meanwhile."""
+    async with fail_after(30), make_manager(pool_workers.Counting, mode="sync") as manager:
+        await manager.pause()
+        collecting = asyncio.create_task(manager.collect(min_steps=2))
+        await pool_workers.turn()
+        assert await manager.push_weights({"w": pool_workers.torch.zeros(1)}, wait=True) == 1
+        assert await manager.configure({"level": 1}) == 1
+        await manager.resume()
+        batches = await collecting
+        assert [(one.weights_version, one.settings_version) for one in batches] == [(1, 1)] * 2
+
+
 async def test_what_was_delivered_before_can_be_taken_while_paused(make_manager):
     """All that the workers have delivered is there when pause returns; no more of it comes."""
     async with fail_after(30), make_manager(pool_workers.Counting) as manager:
