@@ -700,6 +700,7 @@ class AnyOrder(RuleBasedStateMachine):
         if slot is not None and slot.status.is_terminal:
             self.failures[worker_id] = []
             self.in_a_row[worker_id] = 0
+            self.original.discard(worker_id)
         self.timers.pop(worker_id, None)
         if slot is not None and worker_id in self.processes and worker_id not in self.ending:
             self.replaced.add(worker_id)
@@ -712,6 +713,8 @@ class AnyOrder(RuleBasedStateMachine):
         slot = self.pool.slots.get(worker_id)
         if slot is None and not self.was_complete:
             self.original.add(worker_id)
+        elif slot is not None and slot.status.is_terminal:
+            self.original.discard(worker_id)
         is_leaving = worker_id in self.ending - self.replaced
         if slot is None or slot.status.is_terminal or is_leaving:
             self.failures[worker_id] = []
@@ -762,7 +765,7 @@ class AnyOrder(RuleBasedStateMachine):
         was_replaced = worker_id in self.replaced
         self.replaced.discard(worker_id)
         actions = self.tell(
-            Exited(worker_id, incarnation, cause, jitter, version, raised, at_first)
+            Exited(worker_id, incarnation, cause, jitter, version, raised, raised_at_first=at_first)
         )
         escalated = any(isinstance(action, Escalate) for action in actions)
         gave_up = GiveUp(worker_id) in actions
