@@ -160,10 +160,24 @@ class Region:
         self.generation = forks.generation
 
     def __del__(self) -> None:
-        if len(self.map) >= _SLOW_TO_UNMAP and self.generation == forks.generation:
-            # Not threading.Thread, which takes locks: this may be the garbage collector's call.
-            with contextlib.suppress(RuntimeError):  # no room for a thread: it is unmapped here
-                _thread.start_new_thread(self.map.close, ())
+        unmaps_aside(self.map.close, len(self.map), self.generation)
+
+
+def unmaps_aside(unmap: Callable[[], object], nbytes: int, generation: int) -> bool:
+    """Have a large mapping unmapped in a thread; return whether that has begun.
+
+    Args:
+        unmap: What unmaps it.
+        nbytes: Its size.
+        generation: The ``forks.generation`` in which it was mapped; a copy of it in a forked child
+            is not unmapped aside.
+    """
+    if nbytes >= _SLOW_TO_UNMAP and generation == forks.generation:
+        # Not threading.Thread, which takes locks: this may be the garbage collector's call.
+        with contextlib.suppress(RuntimeError):  # no room for a thread
+            _thread.start_new_thread(unmap, ())
+            return True
+    return False
 
 
 def part(

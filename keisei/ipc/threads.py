@@ -6,7 +6,7 @@ import asyncio
 import errno
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -79,13 +79,19 @@ async def to_the_end(work: Callable[[], T]) -> T:
         Exception: Whatever ``work`` raises.
     """
     working = in_thread(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not working.done():
-        try:
-            await asyncio.wait([working])
-        except asyncio.CancelledError as error:
-            cancelled = error
+    cancelled = await finished(working)
     if cancelled is not None:
         working.exception()  # retrieved: the caller is told of its cancellation alone
         raise cancelled
     return working.result()
+
+
+async def finished(work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
+    """Wait for ``work`` to its end, and return the last cancellation that came meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled

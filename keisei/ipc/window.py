@@ -6,8 +6,6 @@ memory for each name, and a process may have hundreds of them.
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import ctypes
 import enum
 import functools
@@ -17,8 +15,6 @@ from typing import Any
 
 from keisei.ipc import forks, memory
 
-_SLOW_TO_UNMAP = 1 << 23
-"""Bytes from which on a mapping is unmapped in a thread."""
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
 
 
@@ -93,12 +89,8 @@ class Window:
         unmap = getattr(self, "_unmap", None)
         if unmap is None:
             return  # it was not mapped
-        if self.nbytes >= _SLOW_TO_UNMAP and self.generation == forks.generation:
-            # Not threading.Thread, which takes locks: this may be the garbage collector's call.
-            with contextlib.suppress(RuntimeError):  # no room for a thread: it is unmapped here
-                _thread.start_new_thread(unmap, ())
-                return
-        unmap()
+        if not memory.unmaps_aside(unmap, self.nbytes, self.generation):
+            unmap()
 
 
 def _type_of(element: Any, count: int) -> Any:

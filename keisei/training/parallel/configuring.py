@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from keisei.exceptions import CommandError, CommandTimeout, WorkerError, WorkerLost
+from keisei.exceptions import CommandError, CommandTimeout, WorkerError
 from keisei.training.parallel.lifecycle import Lifecycle
 from keisei.training.parallel.pool import Pool
 from keisei.training.parallel.settings import packed_aside, unpacked
@@ -61,7 +61,7 @@ class Configuring(Lifecycle):
         limit = self.config.command_timeout if timeout is None else timeout
         deadline = asyncio.get_running_loop().time() + limit
         values = await packed_aside(settings)
-        await self._hold_rounds(pool, limit, deadline)
+        await self._hold_rounds_until(pool, limit, deadline)
         try:
             pool = self._usable()
             chosen = None if worker_ids is None else pool.known(worker_ids)
@@ -78,10 +78,10 @@ class Configuring(Lifecycle):
         _raise_first(version, limit, answers, late, pool)
         return version
 
-    async def _hold_rounds(self, pool: Pool, limit: float, deadline: float) -> None:
+    async def _hold_rounds_until(self, pool: Pool, limit: float, deadline: float) -> None:
         try:
             async with asyncio.timeout_at(deadline):
-                await pool.flow.hold_rounds(lambda: pool.is_paused or self._is_over(pool))
+                await self._hold_rounds(pool)
         except TimeoutError:
             raise CommandTimeout(
                 f"the round that is being collected was not complete within {limit:g} s; no "
@@ -127,9 +127,7 @@ def _raise_first(
             )
             continue
         error = answer.exception()
-        if isinstance(error, WorkerLost) or error is None:
-            continue  # its successor begins with them
-        if isinstance(error, CommandError):
+        if isinstance(error, CommandError):  # where it was lost, its successor begins with them
             errors[worker_id] = error
     if not errors:
         return

@@ -244,18 +244,11 @@ class Evaluations:
         if running is None:
             return
         running.cancel()
-        deadline = time.monotonic() + self._grace
-        cancelled: asyncio.CancelledError | None = None
-        while not running.done() and (left := deadline - time.monotonic()) > 0:
-            try:
-                await asyncio.wait([running], timeout=left)
-            except asyncio.CancelledError as error:
-                cancelled = error
-                break
-        logger.warning("evaluation %d was abandoned: %s", self._count, why)
-        self._publish(EvaluationFailed(self._count, self._moment.update, f"abandoned: {why}"))
-        if cancelled is not None:
-            raise cancelled
+        try:
+            await asyncio.wait([running], timeout=self._grace)
+        finally:
+            logger.warning("evaluation %d was abandoned: %s", self._count, why)
+            self._publish(EvaluationFailed(self._count, self._moment.update, f"abandoned: {why}"))
 
 
 async def _awaited(work: Any) -> Outcome:

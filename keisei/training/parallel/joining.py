@@ -17,6 +17,7 @@ _MERGED: dict[str, Callable[[list[Any]], Any]] = {
     "staleness": max,
 }
 """How the fields of several batches become one field, where they differ and it can be said."""
+_LISTS = frozenset({"legal_actions", "legal_offsets"})
 
 
 def join_tensors(
@@ -35,7 +36,10 @@ def join_tensors(
         ValueError: They do not fit; names each tensor and part.
     """
     first = parts[0]
-    dims = {name: _dim_of(name, first, dim) for name in first}
+    states, lists_of_first = states_in(first), lists_in(first)
+    dims = dict.fromkeys(first, dim)
+    dims |= dict.fromkeys(states, max(dim - 1, 0) if dim >= 0 else dim)  # they have no time
+    dims |= dict.fromkeys(lists_of_first, 0)
     problems = [
         problem
         for part, label in zip(parts[1:], labels[1:], strict=True)
@@ -46,9 +50,9 @@ def join_tensors(
         for name, tensor in first.items()
         if not -tensor.dim() <= dims[name] < tensor.dim()
     ]
-    if has_states(first) and dim == 0:
+    if states and dim == 0:
         problems.append("its states are those at the beginning of one rollout: use dim=1")
-    if has_lists(first) and dim != 0:
+    if lists_of_first and dim != 0:
         problems.append(
             "its legal_actions are lists in the order of all rows: flatten the batches to "
             "[T * N, ...], use dim=0, or join them with LegalActions"
@@ -56,32 +60,22 @@ def join_tensors(
     if problems:
         raise ValueError(f"batches cannot be joined along dim {dim}: {'; '.join(problems)}")
     joined = {name: torch.cat([part[name] for part in parts], dims[name]) for name in first}
-    if has_lists(first):
+    if lists_of_first:
         lists = [LegalActions(part["legal_actions"], part["legal_offsets"]) for part in parts]
         joined["legal_offsets"] = LegalActions.cat(lists).offsets
     return joined
 
 
-def has_states(data: Tensors) -> bool:
-    """Return whether ``states`` are those of a recurrent policy, ``[N, ...]`` for a rollout."""
-    return "episode_starts" in data and any(is_state(name) for name in data)
+def states_in(data: Tensors) -> frozenset[str]:
+    """Return the names of a recurrent policy's states, which are ``[N, ...]`` for a rollout."""
+    if "episode_starts" not in data:
+        return frozenset()
+    return frozenset(name for name in data if name.partition(".")[0] == "states")
 
 
-def has_lists(data: Tensors) -> bool:
-    """Return whether there are lists of legal actions, which have lengths of their own."""
-    return "legal_actions" in data and "legal_offsets" in data
-
-
-def is_state(name: str) -> bool:
-    """Return whether a tensor is a part of a recurrent policy's state, by its name."""
-    return name.partition(".")[0] == "states"
-
-
-def _dim_of(name: str, data: Tensors, dim: int) -> int:
-    """Return along which dimension a tensor is joined: states have no time before it."""
-    if has_states(data) and is_state(name):
-        return max(dim - 1, 0) if dim >= 0 else dim
-    return 0 if has_lists(data) and name in ("legal_actions", "legal_offsets") else dim
+def lists_in(data: Tensors) -> frozenset[str]:
+    """Return the names of the lists of legal actions, which have lengths of their own."""
+    return _LISTS if data.keys() >= _LISTS else frozenset()
 
 
 def _misfits(

@@ -271,6 +271,13 @@ class Lifecycle:
             raise ManagerStateError(f"this manager is {self._state}; make a new one")
         return pool
 
+    async def _hold_rounds(self, pool: Pool) -> None:
+        """Let no round of the sync mode begin until ``pool.flow.release_rounds``.
+
+        The running one is waited for, unless the pool is paused.
+        """
+        await pool.flow.hold_rounds(lambda: pool.is_paused or self._is_over(pool))
+
     def _is_over(self, pool: Pool) -> bool:
         return self._stop_requested or pool.supervisor.failure is not None
 

@@ -54,7 +54,7 @@ class ManagedWeights(Lifecycle):
             ManagerStateError: The manager is not running.
         """
         pool = self._usable()
-        await pool.flow.hold_rounds(lambda: pool.is_paused or self._is_over(pool))
+        await self._hold_rounds(pool)
         try:
             version = await pool.synchronizer.push(weights, name)
         finally:

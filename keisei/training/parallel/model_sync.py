@@ -243,7 +243,7 @@ class ModelSynchronizer:
         finally:
             for applied in expected:
                 applied.cancel()
-        what = "weights" if name == MAIN else f"weights {name!r},"
+        what = _called(name)
         for applied, line in expected.items():
             if applied in late:
                 raise CommandTimeout(
@@ -269,7 +269,7 @@ class ModelSynchronizer:
         if weights.newest_version() != version or not weights.can_revert:
             return
         replacement = weights.revert()
-        what = "weights" if weights.name == MAIN else f"weights {weights.name!r},"
+        what = _called(weights.name)
         self._poisoned[weights.name] = PoisonedWeights(
             f"{what} version {version} was withdrawn after the workers that applied it failed; "
             f"version {replacement} holds the previous weights again; last: {why}",
@@ -310,16 +310,16 @@ class ModelSynchronizer:
         state = model.state_dict()
         snapshots.check_entries(state)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        return self._prepared(state, total_parameters=parameters)
+        return self._prepared(snapshots.cpu_copies(state), total_parameters=parameters)
 
     def prepare(self, weights: Mapping[str, torch.Tensor]) -> PreparedModel:
         """Return a snapshot of weights, copied; see ``prepare_model_for_sync``."""
-        return self._prepared(weights)
+        return self._prepared(snapshots.cpu_copies(weights))
 
     def _prepared(
-        self, state: Mapping[str, torch.Tensor], total_parameters: int | None = None
+        self, tensors: Mapping[str, torch.Tensor], total_parameters: int | None = None
     ) -> PreparedModel:
-        tensors = {name: snapshots.cpu_copy(tensor) for name, tensor in state.items()}
+        """Make a snapshot of tensors that become its own."""
         original_bytes = compressed_bytes = sum(tensor.nbytes for tensor in tensors.values())
         data: dict[str, torch.Tensor | PackedTensor] = dict(tensors)
         if self.compression_enabled:
@@ -374,6 +374,11 @@ class ModelSynchronizer:
             bytes_pushed=self._bytes_pushed,
             num_not_finite=self._num_not_finite,
         )
+
+
+def _called(name: str) -> str:
+    """Return how a message calls the weights of a name, before the word "version"."""
+    return "weights" if name == MAIN else f"weights {name!r},"
 
 
 __all__ = ["ModelSynchronizer", "SyncStats"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from keisei.events import Event, Incident, PoolPaused, PoolResumed
 from keisei.exceptions import CollectTimeout, ManagerStateError, WorkerLost
+from keisei.ipc.threads import to_the_end
 from keisei.naming import public
 from keisei.observers import Observer
 from keisei.training.parallel import html
@@ -346,4 +347,6 @@ class ParallelManager(Sizing, ManagedWeights):
             raise ManagerStateError(
                 "run() is not learning now; take learner.state_dict() of a learner that is idle"
             )
-        return self._usable().synchronizer.prepare(await training.weights())
+        synchronizer = self._usable().synchronizer
+        weights = await training.weights()
+        return await to_the_end(lambda: synchronizer.prepare(weights))

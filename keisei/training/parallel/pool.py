@@ -54,8 +54,8 @@ class Pool:
         factory: bytes,
         seed: int,
         publish: Callable[[Event], None],
-        backend: Backend | None = None,
-        settings: SettingsBook | None = None,
+        backend: Backend | None,
+        settings: SettingsBook,
     ) -> None:
         self.config = config
         self.seed = seed
@@ -83,8 +83,7 @@ class Pool:
             lines=self.supervisor.lines,
             synchronizer=self.synchronizer,
         )
-        book = settings or SettingsBook(None, config.num_workers)
-        self.settings = SettingsTeller(book, self.supervisor.lines, publish)
+        self.settings = SettingsTeller(settings, self.supervisor.lines, publish)
         self.flow = Flow(config, self.ready, self.synchronizer.newest_version)
         self.on_batch = self.flow.arrived
 

@@ -12,7 +12,7 @@ import torch
 from keisei.exceptions import WeightsError
 from keisei.ipc.board import Board
 from keisei.ipc.layout import Layout, describe
-from keisei.ipc.threads import in_thread, to_the_end
+from keisei.ipc.threads import finished, in_thread, to_the_end
 from keisei.ipc.weights import WeightsPublisher
 from keisei.protocol import messages
 from keisei.training.parallel.weights_source import tensors_of
@@ -73,7 +73,6 @@ class PublishedWeights:
         self._on_pushed = on_pushed
         self._publisher: WeightsPublisher | None = None
         self._before = 0
-        self._num_drops = 0
         self._publishing = asyncio.Lock()
 
     def newest_version(self) -> int:
@@ -116,8 +115,7 @@ class PublishedWeights:
             OSError: There is no memory or no descriptor for them.
         """
         async with self._publishing:
-            num_drops = self._num_drops
-            publisher = self._publisher
+            former = publisher = self._publisher
             tensors: Mapping[str, torch.Tensor] | None = None
             if publisher is not None and not publisher.is_full and len(state) <= _QUICK_COUNT:
                 tensors = tensors_of(state)
@@ -125,11 +123,11 @@ class PublishedWeights:
                 if publisher.num_bytes <= _QUICK_COPY:
                     return self._told(publisher, self._copied(publisher, tensors))
             moving = in_thread(lambda: self._moved(state, tensors))
-            cancelled = await _finished(moving)
+            cancelled = await finished(moving)
             if cancelled is not None and moving.exception() is not None:
                 raise cancelled
             publisher, pushed = moving.result()
-            if self._num_drops != num_drops:
+            if self._publisher is not former:  # nothing but ``drop`` changes it meanwhile
                 self._before = max(self._before, pushed.version)
                 publisher.close()
                 raise WeightsError(f"weights {self.name!r} were dropped while they were pushed")
@@ -206,7 +204,6 @@ class PublishedWeights:
         publisher = self.memory
         self._before = publisher.version
         self._publisher = None
-        self._num_drops += 1
         publisher.close()
 
     @property
@@ -236,17 +233,6 @@ class PublishedWeights:
         """Give the shared memory back; what is told then is the newest version all the same."""
         if self._publisher is not None:
             self._publisher.close()
-
-
-async def _finished(work: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait for ``work`` to its end, and return the last cancellation that came meanwhile."""
-    cancelled: asyncio.CancelledError | None = None
-    while not work.done():
-        try:
-            await asyncio.wait([work])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    return cancelled
 
 
 def _is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:

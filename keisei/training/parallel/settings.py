@@ -163,10 +163,6 @@ class SettingsBook:
                 joined |= self._for_all.pop(version)
             self._for_all = {final[-1]: joined, **self._for_all}
 
-    def version_of(self, worker_id: int) -> int:
-        """Return the version of what a slot is set to."""
-        return self._slots[worker_id].now()[0]
-
     def packed_of(self, worker_id: int) -> Packed:
         """Return what a slot is set to."""
         return self._slots[worker_id].now()[1]

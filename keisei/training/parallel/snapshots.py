@@ -95,8 +95,12 @@ def check_entries(state: Mapping[str, object]) -> None:
         raise WeightsError("the model cannot be prepared: " + "; ".join(problems))
 
 
-def cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy ``tensor`` into memory of its own, row by row, on the CPU."""
+def cpu_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy each tensor into memory of its own, row by row, on the CPU."""
+    return {name: _cpu_copy(tensor) for name, tensor in tensors.items()}
+
+
+def _cpu_copy(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.to("cpu", copy=True, memory_format=torch.contiguous_format)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from keisei.training.parallel.joining import has_lists, has_states, is_state
+from keisei.training.parallel.joining import lists_in, states_in
 
 if TYPE_CHECKING:
     from tensordict import TensorDict
@@ -81,11 +81,11 @@ def make_transitions(
                 f"{', '.join(data) or 'no tensors'}: give batch_size"
             )
         batch_size = data["rewards"].shape
+    left_out = states_in(data) | lists_in(data)
     paths = [
         (key, tensor.unsqueeze(-1) if name in _COLUMNS else tensor)
         for name, tensor in data.items()
-        if not (has_states(data) and is_state(name))
-        if not (has_lists(data) and name in ("legal_actions", "legal_offsets"))
+        if name not in left_out
         for key in _torchrl_keys(name)
     ]
     if "terminated" in data and "truncated" in data:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from keisei.exceptions import WeightsError
-from keisei.training.parallel.snapshots import PreparedModel, cpu_copy, unpack_all
+from keisei.training.parallel.snapshots import PreparedModel, cpu_copies, unpack_all
 
 _COMPILED = "_orig_mod."
 _EXTRA_STATE = "_extra_state"
@@ -78,7 +78,7 @@ def copy_of(source: WeightsSource) -> dict[str, torch.Tensor]:
     Raises:
         WeightsError: It holds something that is not a dense tensor with values, or nothing.
     """
-    return {name: cpu_copy(tensor) for name, tensor in tensors_of(state_of(source)).items()}
+    return cpu_copies(tensors_of(state_of(source)))
 
 
 def _flaw(name: str, value: Any) -> str:
