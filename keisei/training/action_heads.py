@@ -162,7 +162,11 @@ class MultiCategoricalHead(ActionHead):
         allowed: Allowed | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw each part by itself; a mask has the parts side by side, as the outputs have."""
-        triples = zip(self._parts, self._split(outputs), self._masks(allowed, outputs), strict=True)
+        masks = self._masks(allowed, outputs)
+        for mask in masks:
+            if mask is not None:
+                check_allowed(mask)
+        triples = zip(self._parts, self._split(outputs), masks, strict=True)
         pairs = [part.draw(logits, deterministic, mask) for part, logits, mask in triples]
         drawn, parts = zip(*pairs, strict=True)
         actions = _shaped(torch.stack(drawn, dim=-1), self._shape)
@@ -193,10 +197,7 @@ class MultiCategoricalHead(ActionHead):
             return [None] * len(self._sizes)
         if isinstance(allowed, LegalActions):
             raise ValueError("MultiDiscrete actions take an action_mask, no legal_actions")
-        masks = self._split(fitting_mask(allowed, outputs))
-        for mask in masks:
-            check_allowed(mask)
-        return masks
+        return self._split(fitting_mask(allowed, outputs))
 
 
 class BernoulliHead(ActionHead):

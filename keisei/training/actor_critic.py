@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from torch import nn
-
-from keisei.training.action_heads import make_action_head
-from keisei.training.encoding import ACTION_MASK, Encoder, without_action_mask
 from keisei.training.legal_actions import LegalActions
-from keisei.training.normalization import RewardNormalizer
+from keisei.training.policy_base import SpacePolicy
 from keisei.training.rollouts import Observations
-from keisei.training.sampling import Allowed, one_of
 from keisei.training.spaces import Space
 from keisei.training.twin_layers import TwinNetwork, output_layer
+
+if TYPE_CHECKING:
+    import torch
 
 
 @runtime_checkable
@@ -45,7 +42,7 @@ class Policy(Protocol):
         ...
 
 
-class ActorCritic(nn.Module):
+class ActorCritic(SpacePolicy):
     """Separate actor and critic networks with tanh, orthogonally initialised.
 
     Initialisation and the free log standard deviation follow Huang et al., "The 37 Implementation
@@ -84,12 +81,12 @@ class ActorCritic(nn.Module):
         normalize_observations: bool = False,
         normalize_rewards: bool = False,
     ) -> None:
-        super().__init__()
-        self.head = make_action_head(action_space)
-        observation_space, self._has_mask = without_action_mask(observation_space, self.head)
-        self._encoder = Encoder(observation_space)
-        self.normalizer = self._encoder.make_normalizer() if normalize_observations else None
-        self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
+        super().__init__(
+            observation_space,
+            action_space,
+            normalize_observations=normalize_observations,
+            normalize_rewards=normalize_rewards,
+        )
         sizes = [self._encoder.size, *hidden_sizes]
         self.hidden = TwinNetwork(sizes)
         self.actor_output = output_layer(sizes[-1], self.head.num_inputs, gain=0.01)
@@ -163,34 +160,8 @@ class ActorCritic(nn.Module):
         log_probs, entropies = self.head.evaluate(outputs, actions, allowed=allowed)
         return log_probs, entropies, values
 
-    def update_statistics(self, observations: Observations) -> None:
-        """Count observations for their normalisation, if there is any; for the learner alone.
-
-        Args:
-            observations: ``[..., *shape]``, or a mapping of such tensors: each once, and only those
-                of true steps.
-
-        Raises:
-            ValueError: A number is not finite; nothing is changed.
-        """
-        if self.normalizer is not None:
-            self.normalizer.update(self._encoder(observations))
-
     def forward(self, observations: Observations) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the actor's outputs ``[B, n]`` (logits, or means) and the values ``[B]``."""
-        features = self._encoder(observations)
-        if self.normalizer is not None:
-            features = self.normalizer(features)
+        features = self._features(observations)
         actor, critic = self.hidden(features.expand(2, -1, -1)).unbind()
         return self.actor_output(actor), self.critic_output(critic).squeeze(-1)
-
-    def _allowed(
-        self,
-        observations: Observations,
-        action_mask: torch.Tensor | None,
-        legal_actions: LegalActions | None,
-    ) -> Allowed | None:
-        allowed = one_of(action_mask, legal_actions)
-        if allowed is None and self._has_mask and isinstance(observations, Mapping):
-            return observations.get(ACTION_MASK)
-        return allowed

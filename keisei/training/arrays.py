@@ -80,7 +80,11 @@ class LeafFit:
 
     def copy_one(self, observation: Any, env: int, where: Where) -> _Array:
         """Return a copy of one environment's leaf."""
-        return np.array(self.fitted(self._take(observation, env, where), env, where), copy=True)
+        return np.array(self.check(observation, env, where), copy=True)
+
+    def check(self, observation: Any, env: int, where: Where) -> _Array:
+        """Return one environment's leaf as an array that fits, or raise; see ``fitted``."""
+        return self.fitted(self._take(observation, env, where), env, where)
 
     def fitted(self, value: Any, env: int, where: Where) -> _Array:
         """Return ``value`` as an array that fits, or raise.

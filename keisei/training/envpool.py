@@ -12,17 +12,12 @@ def is_envpool(env: Any) -> bool:
     return any(kind.__module__.partition(".")[0] == "envpool" for kind in type(env).__mro__)
 
 
-def adapted(env: Any) -> EnvPoolVectorEnv:
-    """Return ``env`` as a vector environment that can be seeded.
+class EnvPoolVectorEnv(VectorEnv[Any, Any, Any]):
+    """Makes the environments anew where ``reset`` is given a seed, since that is EnvPool's way.
 
     Args:
-        env: What ``envpool.make_gymnasium`` returned; it is taken over.
+        pool: What ``envpool.make_gymnasium`` returned; it is taken over.
     """
-    return EnvPoolVectorEnv(env)
-
-
-class EnvPoolVectorEnv(VectorEnv[Any, Any, Any]):
-    """Makes the environments anew where ``reset`` is given a seed, since that is EnvPool's way."""
 
     def __init__(self, pool: Any) -> None:
         self.pool = pool

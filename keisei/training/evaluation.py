@@ -12,7 +12,8 @@ from torch import nn
 
 from keisei.exceptions import ConfigurationError
 from keisei.training.parallel.parallel_manager import ParallelManager
-from keisei.training.playing import Player, PolicyMaker, make_policy
+from keisei.training.playing import Player
+from keisei.training.policy_base import PolicyMaker, make_policy
 from keisei.training.spaces import gymnasium, np
 from keisei.worker import Experience, Worker, WorkerContext
 
@@ -174,7 +175,9 @@ class EvaluationWorker(Worker):
             deterministic=self._deterministic,
             progress=context.progress,
         )
-        self.model = make_policy(self._policy, player.envs[0]).to(context.device).eval()
+        env = player.envs[0]
+        policy = make_policy(self._policy, env.observation_space, env.action_space)
+        self.model = policy.to(context.device).eval()
 
     def collect(self) -> Experience:
         """Play one episode in each environment."""

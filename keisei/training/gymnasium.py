@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from keisei.training.actor_critic import ActorCritic, Policy
 from keisei.training.checks import check_numbers
 from keisei.training.episodes import EpisodeLog
 from keisei.training.infos import tells_episodes
+from keisei.training.policy_base import make_policy
 from keisei.training.rollout_buffer import RolloutBuffer
 from keisei.training.rollouts import (
     Observations,
@@ -221,10 +221,8 @@ class GymnasiumWorker(Worker):
             vars(self).pop("_stepper", None)  # it holds the environments too
 
     def _make_policy(self, envs: VectorEnv[Any, Any, Any]) -> Any:
-        if isinstance(self._policy, nn.Module):
-            policy: Any = copy.deepcopy(self._policy)
-        else:
-            policy = self._policy(envs.single_observation_space, envs.single_action_space)
+        spaces = (envs.single_observation_space, envs.single_action_space)
+        policy: Any = make_policy(self._policy, *spaces)
         if isinstance(policy, nn.Module) and isinstance(policy, Policy):
             return policy
         raise ConfigurationError(

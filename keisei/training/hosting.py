@@ -87,7 +87,7 @@ class HostedEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _check(self, observation: Any) -> None:
         for fit in self._fits:
-            fit.copy_one(observation, self._index, self._where)
+            fit.check(observation, self._index, self._where)
 
     def _where(self, env: int) -> str:
         return f"environment {env} at step {self._num_steps} of its episode"

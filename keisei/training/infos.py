@@ -40,6 +40,7 @@ Info = Mapping[str, Any] | MergedInfo
 """The info of one environment at one step, or the part of a merged one that is its."""
 
 _NOTHING: Info = {}
+_OF_EPISODES = frozenset({INFO, "episode", "final_info"})
 
 
 def info_of(infos: Any, env: int) -> Info:
@@ -84,6 +85,13 @@ def episode_of(info: Info) -> tuple[float, int] | None:
     if total is None or length is None:
         return None
     return float(to_array(total).item()), int(to_array(length).item())
+
+
+def may_tell_episodes(infos: Any) -> bool:
+    """Return whether ``infos`` of one step may tell of an episode of any environment."""
+    if isinstance(infos, Mapping):
+        return not _OF_EPISODES.isdisjoint(infos)
+    return bool(infos)
 
 
 def tells_episodes(envs: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +23,9 @@ from keisei.training.agent_envs import (
 )
 from keisei.training.agent_groups import AgentGroup, make_groups
 from keisei.training.agent_rows import Decision
-from keisei.training.rollouts import Observations
+from keisei.training.policy_base import make_policy
+from keisei.training.rollouts import Observations, entries_below
+from keisei.training.sources import find_count_problems
 from keisei.training.spaces import Space, np
 from keisei.worker import Experience, Worker, WorkerContext
 
@@ -129,10 +130,7 @@ class PettingZooWorker(Worker):
     ) -> None:
         self._maker = AgentEnvMaker(env, num_envs, {} if env_kwargs is None else env_kwargs)
         problems = list(self._maker.find_problems())
-        counts: dict[str, Any] = {"num_envs": num_envs, "rollout_length": rollout_length}
-        for name, count in counts.items():
-            if not isinstance(count, int) or count < 1:
-                problems.append(f"{name} = {count!r}: must be an integer of at least 1")
+        problems += find_count_problems(num_envs=num_envs, rollout_length=rollout_length)
         problems += _find_policy_problems(policy, policy_mapping)
         if action_masks not in _MASKS:
             known = ", ".join(map(repr, _MASKS))
@@ -277,10 +275,7 @@ class PettingZooWorker(Worker):
 
     def _make_policy(self, name: str, group: AgentGroup) -> Any:
         source: Any = self._policy[name] if isinstance(self._policy, Mapping) else self._policy
-        if isinstance(source, nn.Module):
-            policy: Any = copy.deepcopy(source)
-        else:
-            policy = source(group.observation_space, group.action_space)
+        policy: Any = make_policy(source, group.observation_space, group.action_space)
         called = f"policy {name!r}" if name else "policy"
         if not (
             isinstance(policy, nn.Module)
@@ -306,12 +301,7 @@ def get_policy_data(data: Mapping[str, torch.Tensor], policy: str) -> dict[str, 
     Raises:
         KeyError: There are none.
     """
-    prefix = f"{policy}."
-    picked = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in data.items()
-        if name.startswith(prefix)
-    }
+    picked = entries_below(data, policy)
     if not picked:
         raise KeyError(f"no tensors of policy {policy!r} among {', '.join(data) or 'no names'}")
     return picked

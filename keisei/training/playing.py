@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
 
 from keisei.exceptions import ConfigurationError
+from keisei.training.infos import episode_of
 from keisei.training.spaces import (
     Box,
     Space,
@@ -20,16 +19,6 @@ from keisei.training.spaces import (
     observation_leaves,
     tensor_dtype,
 )
-
-PolicyMaker = Callable[[Space[Any], Space[Any]], nn.Module]
-"""Makes a policy from the spaces of observations and actions, as ``ActorCritic`` does."""
-
-
-def make_policy(source: nn.Module | PolicyMaker, env: gymnasium.Env[Any, Any]) -> nn.Module:
-    """Copy a module, or make one for the spaces of ``env``."""
-    if isinstance(source, nn.Module):
-        return copy.deepcopy(source)
-    return source(env.observation_space, env.action_space)
 
 
 class Player:
@@ -133,7 +122,7 @@ class Player:
                 totals[index] += float(reward)
                 lengths[index] += 1
                 if terminated or truncated:
-                    played[index].append(_told(info) or (totals[index], lengths[index]))
+                    played[index].append(episode_of(info) or (totals[index], lengths[index]))
                     totals[index], lengths[index] = 0.0, 0
                     if len(played[index]) == shares[index]:
                         running.remove(index)
@@ -196,14 +185,6 @@ def _as_action(space: Space[Any], action: torch.Tensor) -> Any:
     if isinstance(space, Box):
         array = np.minimum(np.maximum(array, space.low), space.high)
     return array.astype(space.dtype, copy=True)[()]
-
-
-def _told(info: Mapping[str, Any]) -> tuple[float, int] | None:
-    """Return the return and the length that the environment tells of an episode, if it does."""
-    episode = info.get("episode")
-    if isinstance(episode, Mapping) and "r" in episode and "l" in episode:
-        return float(episode["r"]), int(episode["l"])
-    return None
 
 
 def _rows(state: Any, rows: torch.Tensor) -> Any:

@@ -18,7 +18,8 @@ from keisei.training.evaluation import EnvSource, Evaluation, evaluate_policy
 from keisei.training.gymnasium import GymnasiumWorker
 from keisei.training.parallel.parallel_manager import ParallelManager
 from keisei.training.parallel.run import RunReport
-from keisei.training.playing import PolicyMaker, make_env
+from keisei.training.playing import make_env
+from keisei.training.policy_base import PolicyMaker
 from keisei.training.ppo_learner import PPOLearner, PPOParameters
 
 if TYPE_CHECKING:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from keisei.exceptions import ConfigurationError
-from keisei.training.action_heads import make_action_head
-from keisei.training.encoding import ACTION_MASK, Encoder, without_action_mask
 from keisei.training.legal_actions import LegalActions
-from keisei.training.normalization import RewardNormalizer
+from keisei.training.policy_base import SpacePolicy
 from keisei.training.rollouts import Observations
-from keisei.training.sampling import Allowed, one_of
 from keisei.training.spaces import Space
 from keisei.training.twin_layers import TwinNetwork, output_layer
 
@@ -22,7 +19,7 @@ _GATES = {"lstm": 4, "gru": 3}
 _PARTS = {"lstm": 2, "gru": 1}
 
 
-class RecurrentActorCritic(nn.Module):
+class RecurrentActorCritic(SpacePolicy):
     """Actor and critic with an LSTM or GRU each, between their hidden layers and their outputs.
 
     The cells are those of Hochreiter and Schmidhuber, "Long Short-Term Memory" (1997), with the
@@ -58,14 +55,14 @@ class RecurrentActorCritic(nn.Module):
         normalize_observations: bool = False,
         normalize_rewards: bool = False,
     ) -> None:
-        super().__init__()
         if cell not in _GATES:
             raise ConfigurationError([f"cell = {cell!r}: must be 'lstm' or 'gru'"])
-        self.head = make_action_head(action_space)
-        observation_space, self._has_mask = without_action_mask(observation_space, self.head)
-        self._encoder = Encoder(observation_space)
-        self.normalizer = self._encoder.make_normalizer() if normalize_observations else None
-        self.reward_normalizer = RewardNormalizer() if normalize_rewards else None
+        super().__init__(
+            observation_space,
+            action_space,
+            normalize_observations=normalize_observations,
+            normalize_rewards=normalize_rewards,
+        )
         sizes = [self._encoder.size, *hidden_sizes]
         self.hidden = TwinNetwork(sizes)
         self.memory = _TwinCell(sizes[-1], state_size, cell)
@@ -75,7 +72,7 @@ class RecurrentActorCritic(nn.Module):
     def initial_state(self, num_envs: int) -> torch.Tensor:
         """Return the memory ``[num_envs, 2, P, state_size]`` of episodes that begin: zeros."""
         weight = self.actor_output.weight
-        return weight.new_zeros((num_envs, 2, self.memory.num_parts, self.memory.size)).detach()
+        return weight.new_zeros((num_envs, 2, self.memory.num_parts, self.memory.size))
 
     def act(
         self,
@@ -158,29 +155,12 @@ class RecurrentActorCritic(nn.Module):
         log_probs, entropies = (one.reshape(values.shape) for one in judged)
         return log_probs, entropies, values
 
-    def update_statistics(self, observations: Observations) -> None:
-        """Count observations for their normalisation, if there is any; for the learner alone.
-
-        Args:
-            observations: ``[..., *shape]``, or a mapping of such tensors: each once, and only those
-                of true steps.
-
-        Raises:
-            ValueError: A number is not finite; nothing is changed.
-        """
-        if self.normalizer is not None:
-            self.normalizer.update(self._encoder(observations))
-
     def forward(
         self, observations: Observations, states: torch.Tensor, episode_starts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give the actor's outputs ``[T, N, n]`` and the values ``[T, N]`` of whole rollouts."""
         outputs, values, _ = self._run(self._features(observations), states, episode_starts)
         return outputs, values
-
-    def _features(self, observations: Observations) -> torch.Tensor:
-        features = self._encoder(observations)
-        return features if self.normalizer is None else self.normalizer(features)
 
     def _run(
         self, features: torch.Tensor, state: torch.Tensor, episode_starts: torch.Tensor
@@ -191,17 +171,6 @@ class RecurrentActorCritic(nn.Module):
         remembered, state = self.memory(hidden, state, episode_starts)
         actor, critic = remembered.unbind()
         return self.actor_output(actor), self.critic_output(critic).squeeze(-1), state
-
-    def _allowed(
-        self,
-        observations: Observations,
-        action_mask: torch.Tensor | None,
-        legal_actions: LegalActions | None,
-    ) -> Allowed | None:
-        allowed = one_of(action_mask, legal_actions)
-        if allowed is None and self._has_mask and isinstance(observations, Mapping):
-            return observations.get(ACTION_MASK)
-        return allowed
 
 
 class _TwinCell(nn.Module):

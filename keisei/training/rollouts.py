@@ -9,8 +9,6 @@ import torch
 Observations = torch.Tensor | Mapping[str, torch.Tensor]
 """A batch of observations: one tensor, or tensors by dotted name for a ``Dict`` space."""
 
-_PREFIX = "observations."
-
 
 def get_observations(data: Mapping[str, torch.Tensor]) -> Observations:
     """Pick the observations out of a rollout, in the form in which a policy takes them.
@@ -27,14 +25,16 @@ def get_observations(data: Mapping[str, torch.Tensor]) -> Observations:
     """
     if "observations" in data:
         return data["observations"]
-    leaves = {
-        name.removeprefix(_PREFIX): tensor
-        for name, tensor in data.items()
-        if name.startswith(_PREFIX)
-    }
+    leaves = entries_below(data, "observations")
     if not leaves:
         raise KeyError(f"no observations among {', '.join(data) or 'no names at all'}")
     return leaves
+
+
+def entries_below(data: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """Pick the tensors under ``"<name>."``, by what follows it in their names."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): one for key, one in data.items() if key.startswith(prefix)}
 
 
 def generalized_advantage_estimate(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from keisei.exceptions import ConfigurationError
-from keisei.training.envpool import adapted, is_envpool
+from keisei.training.envpool import EnvPoolVectorEnv, is_envpool
 from keisei.training.hosting import EnvMaker, HostedEnv
 from keisei.training.spaces import (
     AsyncVectorEnv,
@@ -177,7 +177,7 @@ class EnvSource:
                     ]
                 )
             if is_envpool(envs):
-                envs = adapted(envs)
+                envs = EnvPoolVectorEnv(envs)
             if self.num_envs not in (1, envs.num_envs):
                 raise ConfigurationError(
                     [

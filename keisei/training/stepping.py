@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from keisei.training.actions import make_action_filter
 from keisei.training.arrays import to_array
 from keisei.training.episodes import EpisodeLog
-from keisei.training.infos import Info, episode_of, final_info_of, info_of
+from keisei.training.infos import Info, episode_of, final_info_of, info_of, may_tell_episodes
 from keisei.training.rollout_buffer import RolloutBuffer
 from keisei.training.sources import OpenEnvs
 from keisei.training.spaces import AutoresetMode, gymnasium, np
@@ -216,7 +216,7 @@ class VectorStepper:
     def _note_episodes(self, infos: Any) -> None:
         """Note the episodes of which the environments tell themselves."""
         mode = self._mode
-        if not infos:
+        if not may_tell_episodes(infos):
             return
         for env in range(self._num_envs):
             told = episode_of(info_of(infos, env))
