@@ -42,9 +42,9 @@ EXPECTED = [
         "worker 2 (incarnation 1): it refused: ValueError: no\n  traceback:\n    Trace\n      …",
     ),
     ("INFO", "worker 1 (incarnation 0) ended: requested"),
-    ("INFO", "the pool stopped after 0 incidents"),
     ("INFO", "evaluation 2 of update 8, 1.5 s, win_rate 0.75"),
     ("WARNING", "evaluation 3 of update 12 has failed: ValueError: no"),
+    ("INFO", "the pool stopped after 0 incidents"),
 ]
 
 
