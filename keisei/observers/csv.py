@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,9 +47,10 @@ class CsvObserver(BackgroundObserver):
         return str(self._path)
 
     def open(self) -> None:
-        """Open the file, and take its columns over if it has some."""
-        self._columns = _columns_of(self._path)
+        """Open the file, and take its columns over if it has some; a cut row is ended first."""
         self._file = AppendedFile(self._path)
+        self._file.end_line()
+        self._columns = _columns_of(self._path)
 
     def write(self, event: Event) -> None:
         """Append one row."""
@@ -75,14 +77,10 @@ class CsvObserver(BackgroundObserver):
         """Write the file anew with more columns; if that fails it stays as it is."""
         new = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            with (
-                self._path.open(newline="", encoding="utf-8") as old,
-                new.open("w", newline="", encoding="utf-8") as file,
-            ):
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                for cells in list(csv.reader(old))[1:]:
-                    writer.writerow([*cells, *[""] * (len(columns) - len(cells))])
+            with self._path.open(newline="", encoding="utf-8") as old, new.open("wb") as file:
+                file.write(_line(columns))
+                for cells in itertools.islice(csv.reader(old), 1, None):
+                    file.write(_line([*cells, *[""] * (len(columns) - len(cells))]))
             new.replace(self._path)
         except OSError:
             new.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ class AppendedFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file: BinaryIO = path.open("ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
 
@@ -33,6 +34,16 @@ class AppendedFile:
             self._undo()
             raise
         self._size += len(record)
+
+    def end_line(self) -> None:
+        """End a line that was cut, by a kill or a crash, when the file was written last."""
+        if self.is_empty:
+            return
+        with self._path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            is_cut = file.read(1) != b"\n"
+        if is_cut:
+            self.append(b"\n")
 
     def _undo(self) -> None:
         try:

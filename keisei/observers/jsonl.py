@@ -45,8 +45,7 @@ class JsonLinesObserver(BackgroundObserver):
     def open(self) -> None:
         """Open the file; a line that was cut, by a kill or a crash, is ended first."""
         self._file = AppendedFile(self._path)
-        if not self._file.is_empty and not _ends_a_line(self._path):
-            self._file.append(b"\n")
+        self._file.end_line()
 
     def write(self, event: Event) -> None:
         """Append one line."""
@@ -59,9 +58,3 @@ class JsonLinesObserver(BackgroundObserver):
         if self._file is not None:
             self._file.close()
             self._file = None
-
-
-def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from keisei.observers.missing import missing
+
 try:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
     from rich.text import Text
 except ImportError as error:
-    raise ImportError(
-        'keisei.observers.progress needs rich: pip install "keisei[progress]"'
-    ) from error
+    raise missing("keisei.observers.progress", "rich", "progress") from error
 
 from keisei.events import (
     Event,

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from keisei.events import Event, UpdateCompleted, WeightsPushed, WorkerIncident
@@ -128,7 +128,7 @@ class PoolReader:
         """Return the pool as it is now; raises nothing."""
         manager = self._manager()
         with self._lock:
-            seen = Seen(Counter(self._seen.incidents), *_rest_of(self._seen))
+            seen = replace(self._seen, incidents=Counter(self._seen.incidents))
         for _ in range(_ATTEMPTS if manager is not None else 0):
             try:
                 assert manager is not None  # noqa: S101 - for the type checker
@@ -137,10 +137,6 @@ class PoolReader:
             except Exception:  # noqa: BLE001, S112 - not started, or changed beside this thread
                 continue
         return Snapshot(None, (), False, seen)
-
-
-def _rest_of(seen: Seen) -> tuple[Any, ...]:
-    return seen.update, seen.updates, seen.episodes, seen.mean_return, seen.mean_length
 
 
 def _of_stats(name: str) -> Callable[[Snapshot], Readings]:

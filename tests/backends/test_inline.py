@@ -10,6 +10,7 @@ import pytest
 from keisei.backends.inline import InlineBackend, InlineProcess
 from keisei.child.runtime import WorkerRuntime
 from keisei.events import ExitCause
+from keisei.testing.conformance.baseline import turn
 from keisei.testing.scenarios import fail_after
 from keisei.training.parallel.communication import WorkerCommunicator
 from pool_workers import Coroutine, Counting, Returning
@@ -21,14 +22,6 @@ async def start() -> tuple[WorkerCommunicator, InlineProcess]:
     """Start a worker that waits for its first frame."""
     communicator = WorkerCommunicator(1)
     return communicator, await InlineBackend().start(communicator.endpoints(0), "test")
-
-
-async def turn(times: int = 10) -> None:
-    loop = asyncio.get_running_loop()
-    for _ in range(times):
-        turned = loop.create_future()
-        loop.call_soon(turned.set_result, None)
-        await turned
 
 
 async def test_a_task_that_fails_has_an_exit_code_and_a_report(monkeypatch):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import dataclasses
 import random
 import sys
 import tempfile
@@ -138,8 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file, place in drawn(options.words, number, options.seed):
             result, one = MISSED, mutant(file, place, ())
             for tests in tests_of(file):
-                one = mutant(file, place, tests)
-                result, _ = tree.result(one, options.deadline)
+                result, _ = tree.result(dataclasses.replace(one, tests=tests), options.deadline)
                 if result == CAUGHT:
                     break
             room = str(Path(file).parent)

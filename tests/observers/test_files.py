@@ -111,6 +111,29 @@ def test_a_resumed_run_goes_on_in_its_file(tmp_path):
     assert two[-3:] == ["0.25", "", "2.0"]
 
 
+def test_a_row_that_was_cut_stays_alone(tmp_path):
+    """After a row that a kill has cut, the next begins anew, also when a column is added."""
+    path = tmp_path / "run.csv"
+    told(CsvObserver(path), update(1, 100, loss=0.5))
+    path.write_bytes(path.read_bytes() + b"3.5,2")
+    told(CsvObserver(path), update(3, 300, loss=0.25))
+    told(CsvObserver(path), update(4, 400, loss=0.125, new=2.0))
+    _, one, cut, three, four = rows_of(path)
+    assert [row[1] for row in (one, cut, three, four)] == ["1", "2", "3", "4"]
+    assert cut[0] == "3.5"
+    assert (three[-2:], four[-2:]) == (["0.25", ""], ["0.125", "2.0"])
+    assert b"\r" not in path.read_bytes()
+
+
+def test_a_name_that_no_encoding_has_may_come_later(tmp_path):
+    """A column is added for it as if it had been there from the first row."""
+    path = tmp_path / "run.csv"
+    told(CsvObserver(path), update(1, 100), update(2, 200, **{"\udc80": 1.5}))
+    header, _, two = rows_of(path)
+    assert (header[-1], two[-1]) == ("\\udc80", "1.5")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
 def test_names_with_commas_quotes_and_lines(tmp_path):
     """Whatever a metric is called, the reader of CSV gives the name back."""
     names = ["a,b", 'c"d', "e\nf", "update", "ä"]

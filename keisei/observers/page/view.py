@@ -16,20 +16,6 @@ from keisei.events import Event, Incident, PoolEscalated, UpdateCompleted
 from keisei.observers.page.curves import Curves
 from keisei.observers.page.ports import PoolNumbers, ShownManager, SlotInfo
 
-COLUMNS = (
-    "worker",
-    "state",
-    "phase",
-    "for",
-    "age",
-    "lag",
-    "restarts",
-    "experiences",
-    "failures",
-    "pid",
-    "device",
-)
-"""The values of a row, in order: see ``row_of``."""
 SHOWN_INCIDENTS = 30
 AT_ONCE = 16
 """Rows that are made between two turns of the event loop, in a third of a millisecond."""
@@ -184,8 +170,9 @@ def incident_of(number: int, incident: Incident) -> dict[str, Any]:
 
 
 def row_of(info: SlotInfo, newest: int) -> list[Any]:
-    """Return the values of a slot's row, in the order of ``COLUMNS``.
+    """Return the values of a slot's row: worker, state, phase, "for", "age", "lag" and so on.
 
+    They come in the order of the page's columns, ``html._HEADINGS``, and of its script.
     "for" is the time since its main loop last moved, "age" since its process became ready, both in
     seconds; "lag" the versions that its weights are behind ``newest``, ``None`` where it has none.
     """
