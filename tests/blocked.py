@@ -208,7 +208,7 @@ def computing_loop() -> Iterator[Callable[[], Blocked]]:
         run(handle)
         seconds = time.thread_time() - began - (collected - before)
         if seconds > worst.seconds and not _is_a_tests(handle):
-            worst = Blocked(seconds, repr(handle))
+            worst = Blocked(seconds, f"{handle!r} of {_task_of(handle)!r}")
 
     asyncio.Handle._run = timed  # type: ignore[method-assign]
     gc.callbacks.append(on_collection)
@@ -219,11 +219,16 @@ def computing_loop() -> Iterator[Callable[[], Blocked]]:
         asyncio.Handle._run = run  # type: ignore[method-assign]
 
 
+def _task_of(handle: asyncio.Handle) -> asyncio.Task[object] | None:
+    """Return the task of which a callback is a step; ``None`` if it is none of any."""
+    task = getattr(handle._callback, "__self__", None)
+    return task if isinstance(task, asyncio.Task) else None
+
+
 def _is_a_tests(handle: asyncio.Handle) -> bool:
     """Return whether a callback is a step of a task that a test, or a worker, has made."""
-    callback = handle._callback
-    task = getattr(callback, "__self__", None)
-    if not isinstance(task, asyncio.Task):
+    task = _task_of(handle)
+    if task is None:
         return False
     code = getattr(task.get_coro(), "cr_code", None)
     path = Path(code.co_filename) if code is not None else Path()
